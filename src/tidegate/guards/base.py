@@ -1,0 +1,81 @@
+"""What every guard promises: the protocols that the rest of Tidegate is written against.
+
+A Guard judges a whole conversation. A StreamGuard also opens Sessions: one Session is one text (one channel of one
+choice of an answer) that arrives in pieces. A guard that cannot judge raises a GuardError; it never guesses.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from tidegate.types import Conversation, TokenVerdict, Verdict
+
+__all__ = ["Guard", "Session", "StreamGuard"]
+
+
+class Session(Protocol):
+    """One open stream, seen from outside a guard.
+
+    The verdicts are a function of the text alone: however the text is cut into pieces, the concatenation of what all
+    calls returned is the same. Token spans count characters of the text fed so far; the spans of successive tokens
+    leave no gap, so the end of the last returned span is the number of characters that have been judged for good.
+    """
+
+    async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
+        """Take more text; return the tokens that no further text can change, judged, in order. May be ().
+
+        Raises:
+            SessionClosed: after ``finish`` or ``close``.
+            GuardError: when the guard cannot judge; the session is then closed.
+        """
+        ...
+
+    async def finish(self) -> tuple[TokenVerdict, ...]:
+        """The text is complete: judge and return what remains, and close. The last span then ends at the text's end.
+
+        Raises:
+            SessionClosed: after ``finish`` or ``close``.
+            GuardError: when the guard cannot judge.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give everything back at once; safe to call any number of times, also while a feed is running."""
+        ...
+
+
+@runtime_checkable
+class Guard(Protocol):
+    """Anything that judges."""
+
+    @property
+    def name(self) -> str:
+        """Name and version, as ``edge/1``: part of every verdict."""
+        ...
+
+    async def judge(self, conversation: Conversation) -> Verdict:
+        """Judge the last turn in the light of the ones before.
+
+        Raises:
+            GuardError: when it cannot judge.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give back threads and memory; safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class StreamGuard(Guard, Protocol):
+    """A guard that can also watch an answer while it is written."""
+
+    def open(self, context: Conversation | None) -> Session:
+        """Open a session for text that an assistant writes after these turns; None when nothing came before.
+
+        Cheap: the context is judged with the first piece of text.
+
+        Raises:
+            GuardOverloaded: when no more sessions can be opened now.
+        """
+        ...

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from tidegate.errors import SettingsError
+from tidegate.settings import Settings, read_settings
+
+
+def test_without_any_variable_the_defaults_hold() -> None:
+    settings = read_settings({})
+
+    assert settings == Settings()
+    assert settings.host == "127.0.0.1"
+    assert settings.max_body_bytes == 2 * 1024 * 1024
+    assert settings.policy == "balanced"
+    assert settings.guard == "edge"
+    assert settings.upstream_url is None
+    assert settings.upstream_key is None
+
+
+def test_the_environment_is_read_with_its_prefix_and_other_variables_are_left_alone() -> None:
+    settings = read_settings({"TIDEGATE_PORT": "9000", "PORT": "1", "TIDEGATE_GUARD_TIMEOUT": "1.5", "HOME": "/"})
+
+    assert settings.port == 9000
+    assert settings.guard_timeout == 1.5
+
+
+def test_a_keyword_goes_before_the_environment_and_none_means_not_given() -> None:
+    environment = {"TIDEGATE_PORT": "9000", "TIDEGATE_POLICY": "strict"}
+
+    settings = read_settings(environment, port=9001, policy=None)
+
+    assert (settings.port, settings.policy) == (9001, "strict")
+
+
+def test_the_process_environment_is_read_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEGATE_POLICY", "loose")
+
+    assert read_settings().policy == "loose"
+
+
+@pytest.mark.parametrize(
+    ("variable", "suggestion"),
+    [
+        ("TIDEGATE_PROT", "TIDEGATE_PORT"),
+        ("TIDEGATE_UPSTREAM_URI", "TIDEGATE_UPSTREAM_URL"),
+        ("TIDEGATE_UPSTREAM_KEYFILE", "TIDEGATE_UPSTREAM_KEY_FILE"),
+        ("TIDEGATE_POLICY_FILE", "TIDEGATE_POLICY"),
+    ],
+)
+def test_a_mistyped_variable_is_an_error_that_names_the_nearest(variable: str, suggestion: str) -> None:
+    with pytest.raises(SettingsError, match=f"did you mean {suggestion}") as caught:
+        read_settings({variable: "1"})
+
+    assert caught.value.where == variable
+
+
+def test_a_variable_like_no_other_lists_what_is_known() -> None:
+    with pytest.raises(SettingsError, match="known: TIDEGATE_DATABASE_URL"):
+        read_settings({"TIDEGATE_XYZZY": "1"})
+
+
+def test_an_unknown_keyword_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="did you mean port"):
+        read_settings({}, prot=1)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("TIDEGATE_PORT", "eighty"),
+        ("TIDEGATE_PORT", "65536"),
+        ("TIDEGATE_PORT", "-1"),
+        ("TIDEGATE_HOST", ""),
+        ("TIDEGATE_MAX_BODY_BYTES", "12"),
+        ("TIDEGATE_GUARD_TIMEOUT", "0"),
+        ("TIDEGATE_GUARD_TIMEOUT", "nan"),
+        ("TIDEGATE_GUARD_TIMEOUT", "inf"),
+        ("TIDEGATE_LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_an_error_that_shows_it(variable: str, value: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings({variable: value})
+
+    assert caught.value.where == variable
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000", "ftp://example.org", "http://", "http://[::1", "http://a:b/", "http://h/v1?x=1", "http://h/#f"],
+)
+def test_an_upstream_that_is_not_a_web_address_is_an_error(url: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings({"TIDEGATE_UPSTREAM_URL": url})
+
+    assert caught.value.where == "TIDEGATE_UPSTREAM_URL"
+
+
+def test_a_password_in_the_upstream_url_is_refused_and_not_repeated() -> None:
+    with pytest.raises(SettingsError, match="TIDEGATE_UPSTREAM_KEY") as caught:
+        read_settings({"TIDEGATE_UPSTREAM_URL": "http://name:hunter2@example.org/v1"})
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_trailing_slash_of_the_upstream_is_dropped_and_an_empty_variable_means_none() -> None:
+    assert read_settings({"TIDEGATE_UPSTREAM_URL": "http://h:1/v1/"}).upstream_url == "http://h:1/v1"
+    assert read_settings({"TIDEGATE_UPSTREAM_URL": "", "TIDEGATE_UPSTREAM_KEY": ""}) == Settings()
+
+
+def test_no_secret_is_shown_in_a_repr() -> None:
+    settings = read_settings(
+        {"TIDEGATE_UPSTREAM_KEY": "sk-secret", "TIDEGATE_DATABASE_URL": "postgresql://u:hunter2@db/x"}
+    )
+
+    shown = repr(settings) + str(settings)
+    assert "sk-secret" not in shown
+    assert "hunter2" not in shown
+    assert settings.upstream_key is not None
+    assert settings.upstream_key.get_secret_value() == "sk-secret"
+
+
+def test_a_secret_that_cannot_be_a_header_is_an_error_that_does_not_show_it() -> None:
+    with pytest.raises(SettingsError, match="line break") as caught:
+        read_settings({"TIDEGATE_UPSTREAM_KEY": "sk-secret\nX-Evil: 1"})
+
+    assert "sk-secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_the_secret_may_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("sk-file\n", encoding="utf-8")
+
+    settings = read_settings({"TIDEGATE_UPSTREAM_KEY_FILE": str(file)})
+
+    assert settings.upstream_key is not None
+    assert settings.upstream_key.get_secret_value() == "sk-file"
+
+
+def test_a_secret_file_that_is_missing_or_given_twice_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot read the file"):
+        read_settings({"TIDEGATE_UPSTREAM_KEY_FILE": str(tmp_path / "none")})
+    with pytest.raises(SettingsError, match="not both"):
+        read_settings({"TIDEGATE_UPSTREAM_KEY_FILE": "x", "TIDEGATE_UPSTREAM_KEY": "y"})
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        read_settings({}).port = 1  # type: ignore[misc]

@@ -83,7 +83,7 @@ class Severity(enum.IntEnum):
 
     @property
     def label(self) -> str:
-        """The capitalised word used in data sets and by the official models: ``Safe``, ``Controversial``, ``Unsafe``."""
+        """The capitalised word of data sets and official models: ``Safe``, ``Controversial``, ``Unsafe``."""
         return self.name.capitalize()
 
     @classmethod
@@ -96,7 +96,7 @@ class Severity(enum.IntEnum):
 
 
 class Category(enum.StrEnum):
-    """The nine categories of Qwen3Guard's policy, by their official names. Fine-tuned guards may name others (plain str)."""
+    """The nine categories of Qwen3Guard's policy, by their official names; fine-tuned guards may name others."""
 
     VIOLENT = "Violent"
     NON_VIOLENT_ILLEGAL_ACTS = "Non-violent Illegal Acts"
@@ -226,7 +226,7 @@ class TokenVerdict:
             without gaps, starting at 0; several tokens of one character share it.
         severity: the guard's call at this token, before any debounce.
         probabilities: calibrated probability of each severity.
-        category: the most probable category; meaningful only when the severity is not SAFE. None when the guard has none.
+        category: the most probable category, meaningful only when the severity is not SAFE; None when the guard has none.
         category_probability: its probability given that the text is not safe, in [0, 1].
     """
 

@@ -1,0 +1,149 @@
+"""The Stream architecture: a Qwen3 backbone whose every position says how severe the text is up to there.
+
+Two branches read the hidden state after the backbone's final norm: one for the prompt (``query_*``, read at the token
+that ends the user's turn), one for the response (read at each of its tokens). A branch is a projection, an RMSNorm and
+two linear heads: three risk levels, and eight (response) or nine (prompt) categories. Tensor names, shapes and config
+fields are those of the released Qwen3Guard-Stream models (``Qwen3ForGuardModel``), so that their checkpoints load as
+they are; the backbone is transformers' own, at any size. Method: Qwen3Guard Technical Report, section 4.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3Model, Qwen3PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from tidegate.types import PROMPT_CATEGORIES, RESPONSE_CATEGORIES, Severity
+
+__all__ = ["Qwen3ForGuardModel", "StreamLogits", "label_maps", "stream_config"]
+
+_SHORT_NAMES = {
+    "Sexual Content or Sexual Acts": "Sexual Content",
+    "Suicide & Self-Harm": "Self-Harm",
+    "Politically Sensitive Topics": "Political",
+    "Copyright Violation": "Copyright",
+    "Non-violent Illegal Acts": "Illegal Acts",
+    "Unethical Acts": "Unethical",
+}
+OFFICIAL_RISK_ORDER = (Severity.SAFE, Severity.UNSAFE, Severity.CONTROVERSIAL)
+"""The id order of the released risk heads, which is not the order of severity."""
+
+
+class StreamLogits(NamedTuple):
+    """Logits of the four heads, each ``[batch, positions, classes]`` in the dtype of the model."""
+
+    risk: Tensor
+    category: Tensor
+    query_risk: Tensor
+    query_category: Tensor
+
+
+def label_maps() -> dict[str, dict[str, str]]:
+    """The four label maps of the official config: id (as a string, as in JSON) to short name."""
+    risk = {str(i): severity.label for i, severity in enumerate(OFFICIAL_RISK_ORDER)}
+    response = {str(i): _SHORT_NAMES.get(name, name) for i, name in enumerate(RESPONSE_CATEGORIES)}
+    query = {str(i): _SHORT_NAMES.get(name, name) for i, name in enumerate(PROMPT_CATEGORIES)}
+    return {
+        "response_risk_level_map": dict(risk),
+        "query_risk_level_map": dict(risk),
+        "response_category_map": response,
+        "query_category_map": query,
+    }
+
+
+def stream_config(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    intermediate_size: int,
+    guard_inner_size: int,
+    head_dim: int | None = None,
+    max_position_embeddings: int = 8192,
+    rope_theta: float = 1e6,
+) -> Qwen3Config:
+    """A config of the official form at any size; ``head_dim`` None means hidden_size / num_attention_heads."""
+    return Qwen3Config(
+        architectures=["Qwen3ForGuardModel"],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        intermediate_size=intermediate_size,
+        head_dim=head_dim or hidden_size // num_attention_heads,
+        max_position_embeddings=max_position_embeddings,
+        rope_theta=rope_theta,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        guard_inner_size=guard_inner_size,
+        num_risk_level=3,
+        num_query_risk_level=3,
+        num_category=len(RESPONSE_CATEGORIES),
+        num_query_category=len(PROMPT_CATEGORIES),
+        **label_maps(),
+    )
+
+
+class Qwen3ForGuardModel(Qwen3PreTrainedModel):  # type: ignore[misc,unused-ignore]
+    """A Qwen3 backbone with the two branches of Qwen3Guard-Stream.
+
+    Args:
+        config: a Qwen3Config that also has ``guard_inner_size``, ``num_risk_level``, ``num_category``,
+            ``num_query_risk_level`` and ``num_query_category``.
+    """
+
+    config_class = Qwen3Config
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__(config)
+        inner, eps = config.guard_inner_size, config.rms_norm_eps
+        self.model = Qwen3Model(config)
+        self.risk_level_category_pre = nn.Linear(config.hidden_size, inner, bias=False)
+        self.risk_level_category_layernorm = Qwen3RMSNorm(inner, eps=eps)
+        self.risk_level_head = nn.Linear(inner, config.num_risk_level, bias=False)
+        self.category_head = nn.Linear(inner, config.num_category, bias=False)
+        self.query_risk_level_category_pre = nn.Linear(config.hidden_size, inner, bias=False)
+        self.query_risk_level_category_layernorm = Qwen3RMSNorm(inner, eps=eps)
+        self.query_risk_level_head = nn.Linear(inner, config.num_query_risk_level, bias=False)
+        self.query_category_head = nn.Linear(inner, config.num_query_category, bias=False)
+        self.post_init()
+
+    def heads(self, hidden: Tensor) -> StreamLogits:
+        """All four heads on hidden states ``[batch, positions, hidden_size]`` taken after the final norm."""
+        response = self.risk_level_category_layernorm(self.risk_level_category_pre(hidden))
+        query = self.query_risk_level_category_layernorm(self.query_risk_level_category_pre(hidden))
+        return StreamLogits(
+            self.risk_level_head(response),
+            self.category_head(response),
+            self.query_risk_level_head(query),
+            self.query_category_head(query),
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StreamLogits:
+        """Logits at every position of ``input_ids`` (int64 ``[batch, positions]``), causal.
+
+        ``attention_mask`` None is right for sequences padded at their end: what follows a token cannot reach it.
+        """
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return self.heads(output.last_hidden_state)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Parameters in all, and those of the embedding table alone."""
+    embedding = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" in name)
+    return sum(p.numel() for p in model.parameters()), embedding
+
+
+def as_float32(logits: StreamLogits) -> StreamLogits:
+    """The same logits in float32."""
+    return StreamLogits(*(part.to(torch.float32) for part in logits))

@@ -1,0 +1,478 @@
+"""From a trained checkpoint to the one ONNX file of the edge guard: weights stored in 8 bits, computed in fp32.
+
+The graph is written by hand from the config and the tensors, so that every operation in it is known. Every weight
+matrix is stored as int8 with one scale per output channel (per row for the embedding) and turned back into fp32 when
+the file is loaded: ONNX Runtime folds ``Cast`` and ``Mul`` of constants away. Nothing is quantized at run time, so a
+token's verdict depends on the tokens before it and on nothing else: not on how its text was cut, nor on what shares
+its batch.
+
+Inputs (B sequences, S new positions, P cached ones, L layers, KV heads of D values):
+    ``input_ids`` int64 [B, S], ``position_ids`` int64 [B, S],
+    ``mask`` float32 [B, 1, S, P + S], added to the attention scores: 0 to see, a large negative number not to,
+    ``past.0`` to ``past.{2L-1}`` float32 [B, KV, P, D]: keys then values of each layer. One input a layer, so that a
+    caller can pass parts of one array without a copy.
+Outputs:
+    ``present`` float32 [2L, B, KV, S, D]: keys and values of the new positions only,
+    ``risk`` [B, S, 3], ``category`` [B, S, 8], ``query_risk`` [B, S, 3], ``query_category`` [B, S, 9]: logits.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from tidegate.errors import InputError
+
+__all__ = ["HEADS", "Quantized", "agreement", "dequantized", "export_onnx", "quantize"]
+
+HEADS = ("risk", "category", "query_risk", "query_category")
+"""The four outputs of logits, in the order of ``StreamLogits``."""
+
+Float = NDArray[np.float32]
+_OPSET, _CONTRIB = 17, "com.microsoft"
+_CLIPS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
+_BLOCK = 4096
+_SHIPPED = ("config.json", "tokenizer.json")
+
+
+class Quantized(NamedTuple):
+    """A matrix in 8 bits: ``values * scale[:, None]`` is what it stands for; rows are output channels."""
+
+    values: NDArray[np.int8]
+    scale: Float
+
+    def float32(self) -> Float:
+        """The matrix that is computed with."""
+        return self.values.astype(np.float32) * self.scale[:, None]
+
+
+def quantize(matrix: Float) -> Quantized:
+    """Store a matrix in int8, one symmetric scale per row, each row clipped where its mean squared error is least."""
+    scale = np.empty(len(matrix), np.float32)
+    values = np.empty(matrix.shape, np.int8)
+    for start in range(0, len(matrix), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        scale[part] = _best_scale(matrix[part])
+        values[part] = np.clip(np.rint(matrix[part] / scale[part, None]), -127, 127).astype(np.int8)
+    return Quantized(values, scale)
+
+
+def _best_scale(rows: Float) -> Float:
+    peak = np.maximum(np.abs(rows).max(axis=1), np.float32(1e-12)) / np.float32(127)
+    best, least = peak.copy(), np.full(len(rows), np.inf, np.float32)
+    for clip in _CLIPS:
+        scale = peak * clip
+        rounded = np.clip(np.rint(rows / scale[:, None]), -127, 127) * scale[:, None]
+        error = np.square(rounded - rows).sum(axis=1)
+        better = error < least
+        best[better], least[better] = scale[better], error[better]
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """The numbers of the architecture that the graph needs."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    inner: int
+    eps: float
+    rope_theta: float
+    positions: int
+    classes: tuple[int, int, int, int]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], where: str) -> _Shape:
+        rope = config.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
+            raise InputError("only the default rotary embedding can be exported, without scaling", where=where)
+        if config.get("attention_bias") or config.get("use_sliding_window"):
+            raise InputError("attention biases and sliding windows cannot be exported", where=where)
+        try:
+            heads = int(config["num_attention_heads"])
+            hidden = int(config["hidden_size"])
+            return cls(
+                layers=int(config["num_hidden_layers"]),
+                hidden=hidden,
+                heads=heads,
+                kv_heads=int(config["num_key_value_heads"]),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                intermediate=int(config["intermediate_size"]),
+                inner=int(config["guard_inner_size"]),
+                eps=float(config["rms_norm_eps"]),
+                rope_theta=float(rope.get("rope_theta") or config["rope_theta"]),
+                positions=int(config.get("tidegate", {}).get("window") or config["max_position_embeddings"]),
+                classes=(
+                    int(config["num_risk_level"]),
+                    int(config["num_category"]),
+                    int(config["num_query_risk_level"]),
+                    int(config["num_query_category"]),
+                ),
+            )
+        except KeyError as error:
+            raise InputError(f"the field {error} is missing", where=where) from None
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A graph under construction: every method adds a node and gives the name of what comes out."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+
+    def add(
+        self, kind: str, *inputs: str, outputs: int = 1, name: str = "", domain: str = "", **attributes: Any
+    ) -> Any:
+        number = len(self.nodes)
+        names = [name] if name else [f"{kind}.{number}.{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, f"{kind}.{number}", domain=domain, **attributes))
+        return names[0] if outputs == 1 else names
+
+    def constant(self, name: str, values: NDArray[Any]) -> str:
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        return name
+
+    def reshape(self, value: str, *shape: int) -> str:
+        name = "shape." + ".".join(map(str, shape))
+        return str(self.add("Reshape", value, self.constant(name, np.array(shape, np.int64))))
+
+    def split(self, value: str, *sizes: int) -> list[str]:
+        name = "sizes." + ".".join(map(str, sizes))
+        parts: list[str] = self.add(
+            "Split", value, self.constant(name, np.array(sizes, np.int64)), outputs=len(sizes), axis=-1
+        )
+        return parts
+
+    def linear(self, value: str, name: str, weight: Quantized) -> str:
+        """``value @ weight.T``, the weight stored in int8 and folded to fp32 at load."""
+        values = self.add("Cast", self.constant(f"{name}.int8", weight.values.T), to=TensorProto.FLOAT)
+        matrix = self.add("Mul", values, self.constant(f"{name}.scale", weight.scale))
+        return str(self.add("MatMul", value, matrix))
+
+    def norm(self, value: str, name: str, weight: Float, eps: float) -> str:
+        """RMSNorm over the last axis."""
+        gamma = self.constant(name, weight)
+        return str(self.add("SimplifiedLayerNormalization", value, gamma, axis=-1, epsilon=eps, stash_type=1))
+
+    def add_norm(self, value: str, residual: str, name: str, weight: Float, eps: float) -> tuple[str, str]:
+        """The sum of two values after RMSNorm, and the sum itself."""
+        node = f"AddNorm.{len(self.nodes)}"
+        outputs = [f"{node}.normed", "", "", f"{node}.sum"]
+        inputs = [value, residual, self.constant(name, weight)]
+        kind = "SkipSimplifiedLayerNormalization"
+        self.nodes.append(helper.make_node(kind, inputs, outputs, node, domain=_CONTRIB, epsilon=eps))
+        return outputs[0], outputs[3]
+
+
+class _Weights:
+    """The tensors of a checkpoint: matrices in 8 bits, everything small in fp32; counts what was used."""
+
+    def __init__(self, tensors: Mapping[str, Float], where: str) -> None:
+        self._tensors = tensors
+        self._where = where
+        self.used: set[str] = set()
+
+    def vector(self, name: str) -> Float:
+        return self._take(name)
+
+    def matrix(self, *names: str) -> Quantized:
+        """Several matrices of the same input, stacked; each row is quantized on its own."""
+        parts = [quantize(self._take(name)) for name in names]
+        return Quantized(np.concatenate([p.values for p in parts]), np.concatenate([p.scale for p in parts]))
+
+    def _take(self, name: str) -> Float:
+        if name not in self._tensors:
+            raise InputError(f"the tensor {name!r} is missing", where=self._where)
+        self.used.add(name)
+        return np.asarray(self._tensors[name], np.float32)
+
+
+def _rotary_tables(shape: _Shape) -> tuple[Float, Float]:
+    frequencies = 1.0 / shape.rope_theta ** (np.arange(0, shape.head_dim, 2, dtype=np.float32) / shape.head_dim)
+    angles = np.arange(shape.positions, dtype=np.float32)[:, None] * frequencies.astype(np.float32)[None, :]
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def _embed(graph: _Graph, weight: Quantized) -> str:
+    rows = graph.add("Gather", graph.constant("embedding.int8", weight.values), "input_ids", axis=0)
+    scales = graph.add("Gather", graph.constant("embedding.scale", weight.scale[:, None]), "input_ids", axis=0)
+    return str(graph.add("Mul", graph.add("Cast", rows, to=TensorProto.FLOAT), scales))
+
+
+def _rotated(graph: _Graph, value: str, heads: int, name: str, weight: Float, shape: _Shape) -> str:
+    """Query or key heads: RMSNorm of each head, then the rotary embedding; [B, S, heads * D] in and out."""
+    split = graph.reshape(value, 0, 0, heads, shape.head_dim)
+    normed = graph.reshape(graph.norm(split, name, weight, shape.eps), 0, 0, heads * shape.head_dim)
+    return str(graph.add("RotaryEmbedding", normed, "position_ids", "cos", "sin", domain=_CONTRIB, interleaved=0))
+
+
+def _attention(graph: _Graph, normed: str, layer: int, weights: _Weights, shape: _Shape) -> tuple[str, list[str]]:
+    """Grouped attention over cached and new positions, without joining them or repeating the shared heads."""
+    prefix, size = f"model.layers.{layer}.self_attn", shape.head_dim
+    projected = graph.linear(
+        normed, f"{prefix}.qkv", weights.matrix(*(f"{prefix}.{part}_proj.weight" for part in "qkv"))
+    )
+    q, k, v = graph.split(projected, shape.heads * size, shape.kv_heads * size, shape.kv_heads * size)
+    q = _rotated(graph, q, shape.heads, f"{prefix}.q_norm.weight", weights.vector(f"{prefix}.q_norm.weight"), shape)
+    k = _rotated(graph, k, shape.kv_heads, f"{prefix}.k_norm.weight", weights.vector(f"{prefix}.k_norm.weight"), shape)
+    q = graph.add("Transpose", graph.reshape(q, 0, 0, shape.heads, size), perm=[0, 2, 1, 3])
+    q = graph.reshape(q, 0, shape.kv_heads, -1, size)
+    k, v = (
+        graph.add("Transpose", graph.reshape(part, 0, 0, shape.kv_heads, size), perm=[0, 2, 1, 3]) for part in (k, v)
+    )
+    scores = [
+        graph.add("FusedMatMul", q, keys, domain=_CONTRIB, transB=1, alpha=size**-0.5)
+        for keys in (f"past.{2 * layer}", k)
+    ]
+    together = graph.add("Concat", *scores, axis=-1)
+    # [B, KV, G * S, P + S] and [B, KV * G, S, P + S] are the same memory: the mask is added to the second form
+    by_head = graph.reshape(together, 0, shape.heads, -1, 0)
+    weighed = graph.reshape(graph.add("Softmax", graph.add("Add", by_head, "mask"), axis=-1), 0, shape.kv_heads, -1, 0)
+    past, new = graph.add("Split", weighed, "past_and_new", outputs=2, axis=-1)
+    mixed = graph.add("Add", graph.add("MatMul", past, f"past.{2 * layer + 1}"), graph.add("MatMul", new, v))
+    mixed = graph.add("Transpose", graph.reshape(mixed, 0, shape.heads, -1, size), perm=[0, 2, 1, 3])
+    mixed = graph.reshape(mixed, 0, 0, shape.heads * size)
+    return graph.linear(mixed, f"{prefix}.o_proj", weights.matrix(f"{prefix}.o_proj.weight")), [k, v]
+
+
+def _feed_forward(graph: _Graph, normed: str, layer: int, weights: _Weights, shape: _Shape) -> str:
+    prefix = f"model.layers.{layer}.mlp"
+    both = weights.matrix(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
+    gate, up = graph.split(graph.linear(normed, f"{prefix}.gate_up", both), shape.intermediate, shape.intermediate)
+    gated = graph.add("Mul", graph.add("QuickGelu", gate, domain=_CONTRIB, alpha=1.0), up)
+    return graph.linear(gated, f"{prefix}.down_proj", weights.matrix(f"{prefix}.down_proj.weight"))
+
+
+def _heads(graph: _Graph, hidden: str, weights: _Weights, shape: _Shape) -> None:
+    branches = ("risk_level_category", "query_risk_level_category")
+    pre = weights.matrix(*(f"{branch}_pre.weight" for branch in branches))
+    parts = graph.split(graph.linear(hidden, "heads.pre", pre), shape.inner, shape.inner)
+    for branch, part, query, outputs in zip(branches, parts, ("", "query_"), (HEADS[:2], HEADS[2:]), strict=True):
+        normed = graph.norm(part, f"{branch}_layernorm", weights.vector(f"{branch}_layernorm.weight"), shape.eps)
+        for head, output in zip(("risk_level_head", "category_head"), outputs, strict=True):
+            name = f"{query}{head}.weight"
+            graph.add("MatMul", normed, graph.constant(name, weights.vector(name).T), name=output)
+
+
+def _build(shape: _Shape, weights: _Weights) -> _Graph:
+    graph = _Graph()
+    cos, sin = _rotary_tables(shape)
+    graph.constant("cos", cos)
+    graph.constant("sin", sin)
+    cached, new = (
+        graph.add("Gather", graph.add("Shape", of), graph.constant(f"axis.{axis}", np.array([axis], np.int64)))
+        for of, axis in (("past.0", 2), ("input_ids", 1))
+    )
+    graph.add("Concat", cached, new, axis=0, name="past_and_new")
+    residual = _embed(graph, weights.matrix("model.embed_tokens.weight"))
+    name = "model.layers.0.input_layernorm.weight"
+    normed = graph.norm(residual, name, weights.vector(name), shape.eps)
+    present: list[str] = []
+    for layer in range(shape.layers):
+        attended, kept = _attention(graph, normed, layer, weights, shape)
+        present += kept
+        name = f"model.layers.{layer}.post_attention_layernorm.weight"
+        normed, residual = graph.add_norm(attended, residual, name, weights.vector(name), shape.eps)
+        grown = _feed_forward(graph, normed, layer, weights, shape)
+        last = layer + 1 == shape.layers
+        name = "model.norm.weight" if last else f"model.layers.{layer + 1}.input_layernorm.weight"
+        normed, residual = graph.add_norm(grown, residual, name, weights.vector(name), shape.eps)
+    first = graph.constant("axis.first", np.array([0], np.int64))
+    graph.add("Concat", *(graph.add("Unsqueeze", part, first) for part in present), axis=0, name="present")
+    _heads(graph, normed, weights, shape)
+    return graph
+
+
+def _model(graph: _Graph, shape: _Shape) -> onnx.ModelProto:
+    def tensor(name: str, kind: int, *dimensions: int | str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, dimensions)
+
+    number, integer = TensorProto.FLOAT, TensorProto.INT64
+    cache = ("B", shape.kv_heads, "P", shape.head_dim)
+    inputs = [
+        tensor("input_ids", integer, "B", "S"),
+        tensor("position_ids", integer, "B", "S"),
+        tensor("mask", number, "B", 1, "S", "T"),
+        *(tensor(f"past.{index}", number, *cache) for index in range(2 * shape.layers)),
+    ]
+    outputs = [
+        tensor("present", number, 2 * shape.layers, "B", shape.kv_heads, "S", shape.head_dim),
+        *(tensor(name, number, "B", "S", count) for name, count in zip(HEADS, shape.classes, strict=True)),
+    ]
+    body = helper.make_graph(graph.nodes, "edge", inputs, outputs, list(graph.constants.values()))
+    domains = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_CONTRIB, 1)]
+    return helper.make_model(body, opset_imports=domains, ir_version=9, producer_name="tidegate")
+
+
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Float]]:
+    from safetensors.torch import load_file
+
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"there is no {name}: expected a checkpoint folder of tidegate train", where=str(folder))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "model.safetensors")
+    return config, {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+def export_onnx(run: Path, out: Path) -> dict[str, Any]:
+    """Write ``model.onnx``, ``config.json`` and ``tokenizer.json`` of a finished run into a folder.
+
+    Args:
+        run: the folder of a run, with its ``checkpoint/``; or a checkpoint folder itself.
+        out: the folder to write, made when it is missing; files of the same names are replaced.
+
+    Returns:
+        ``bytes`` of each file and of all together, ``parameters``, and ``relative_error``: the root mean square of
+        what rounding changed over that of the weights.
+
+    Raises:
+        InputError: when the checkpoint is incomplete, or of a shape that cannot be exported.
+    """
+    checkpoint = run / "checkpoint" if (run / "checkpoint").is_dir() else run
+    config, tensors = _read_checkpoint(checkpoint)
+    shape = _Shape.read(config, str(checkpoint / "config.json"))
+    weights = _Weights(tensors, str(checkpoint / "model.safetensors"))
+    graph = _build(shape, weights)
+    if unknown := set(tensors) - weights.used:
+        raise InputError(f"tensors that have no place in the graph: {sorted(unknown)}", where=str(checkpoint))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "model.onnx").write_bytes(_model(graph, shape).SerializeToString(deterministic=True))
+    for name in _SHIPPED:
+        shutil.copyfile(checkpoint / name, out / name)
+    sizes = {name: (out / name).stat().st_size for name in ("model.onnx", *_SHIPPED)}
+    return {
+        "bytes": {**sizes, "total": sum(sizes.values())},
+        "parameters": int(sum(tensor.size for tensor in tensors.values())),
+        "relative_error": _relative_error(tensors),
+    }
+
+
+def _is_quantized(name: str, tensor: Float) -> bool:
+    return tensor.ndim == 2 and not name.endswith("_head.weight")
+
+
+def dequantized(tensors: Mapping[str, Float]) -> dict[str, Float]:
+    """A checkpoint as the exported graph computes with it: matrices rounded to 8 bits, all else the same."""
+    return {n: quantize(t).float32() if _is_quantized(n, t) else t for n, t in tensors.items()}
+
+
+def _relative_error(tensors: Mapping[str, Float]) -> float:
+    rounded = dequantized(tensors)
+    changed = sum(float(np.square(rounded[n] - t).sum()) for n, t in tensors.items() if _is_quantized(n, t))
+    whole = sum(float(np.square(t).sum()) for n, t in tensors.items() if _is_quantized(n, t))
+    return float(np.sqrt(changed / max(whole, 1e-30)))
+
+
+def _softmax(logits: Float) -> Float:
+    exponent = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exponent / exponent.sum(axis=-1, keepdims=True), np.float32)
+
+
+@dataclass(slots=True)
+class _Difference:
+    """How far two sources of logits are apart over many positions."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    positions: int = 0
+    equal: int = 0
+
+    def count(self, one: Float, other: Float) -> None:
+        gap = np.abs(_softmax(one) - _softmax(other)).max(axis=-1)
+        self.largest = max(self.largest, float(gap.max()))
+        self.total += float(gap.sum())
+        self.positions += gap.size
+        self.equal += int((one.argmax(axis=-1) == other.argmax(axis=-1)).sum())
+
+    def report(self) -> dict[str, float]:
+        return {
+            "max_probability_difference": self.largest,
+            "mean_probability_difference": self.total / max(1, self.positions),
+            "percent_equal_labels": 100.0 * self.equal / max(1, self.positions),
+            "positions": self.positions,
+        }
+
+
+def agreement(checkpoint: Path, onnx_folder: Path, sequences: Iterable[Sequence[int]]) -> dict[str, Any]:
+    """How well the exported file agrees with torch, at every position of the given sequences and at their last ones.
+
+    Args:
+        checkpoint: the checkpoint folder that was exported.
+        onnx_folder: what `export_onnx` wrote.
+        sequences: token ids with control tokens, as the guard would feed them; none longer than the window.
+
+    Returns:
+        ``trained``: against torch in fp32 on the weights as trained; ``rounded``: against torch on the weights rounded
+        to 8 bits, which must be equal but for fp32 noise. In each, for every head and for ``all`` and ``last``
+        positions: largest and mean difference of probability, percent of equal labels, number of positions.
+    """
+    config, tensors = _read_checkpoint(checkpoint)
+    session = _onnx_logits(onnx_folder, config)
+    kinds = {"trained": _torch_logits(config, tensors), "rounded": _torch_logits(config, dequantized(tensors))}
+    found = {(k, head, where): _Difference() for k in kinds for head in HEADS for where in ("all", "last")}
+    for ids in sequences:
+        if not ids:
+            continue
+        exported = session(ids)
+        for kind, torch_logits in kinds.items():
+            for head, ours, theirs in zip(HEADS, exported, torch_logits(ids), strict=True):
+                found[kind, head, "all"].count(ours, theirs)
+                found[kind, head, "last"].count(ours[-1:], theirs[-1:])
+    return {
+        kind: {head: {where: found[kind, head, where].report() for where in ("all", "last")} for head in HEADS}
+        for kind in kinds
+    }
+
+
+Logits = Callable[[Sequence[int]], list[Float]]
+
+
+def _torch_logits(config: Mapping[str, Any], tensors: Mapping[str, Float]) -> Logits:
+    import torch
+    from transformers import Qwen3Config
+
+    from tidegate.model.stream import Qwen3ForGuardModel
+
+    model = Qwen3ForGuardModel(Qwen3Config(**{k: v for k, v in config.items() if k != "tidegate"})).float().eval()
+    model.load_state_dict({name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()})
+
+    def logits(ids: Sequence[int]) -> list[Float]:
+        with torch.inference_mode():
+            return [part[0].numpy() for part in model(torch.tensor([list(ids)]))]
+
+    return logits
+
+
+def _onnx_logits(folder: Path, config: Mapping[str, Any]) -> Logits:
+    import onnxruntime
+
+    shape = _Shape.read(config, str(folder))
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    nothing = np.zeros((1, shape.kv_heads, 0, shape.head_dim), np.float32)
+    caches = {f"past.{index}": nothing for index in range(2 * shape.layers)}
+
+    def logits(ids: Sequence[int]) -> list[Float]:
+        count = len(ids)
+        inputs = {
+            "input_ids": np.array([ids], np.int64),
+            "position_ids": np.arange(count, dtype=np.int64)[None],
+            "mask": np.triu(np.full((count, count), -1e9, np.float32), 1)[None, None],
+        }
+        return [part[0] for part in session.run(list(HEADS), inputs | caches)]
+
+    return logits

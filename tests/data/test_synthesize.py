@@ -108,7 +108,7 @@ def test_about_one_in_twentyfive_is_dev(examples: list[Example]) -> None:
 
 
 def test_train_sentences_never_use_held_out_fillers() -> None:
-    held = [g for g in module._held_out("work", module._grammar("en")["work"])]
+    held = module._held_out("work", module._grammar("en")["work"])
     assert held
     copyright_only = [e for e in synthesize(3, 300) if e.extra["family"] == "copyright" and e.language == "en"]
     for e in copyright_only:

@@ -5,8 +5,8 @@ family is written twice over the same material: harmful sentences, and benign on
 ...", "I am going to ...") and their alarming words. A grammar is a text file per language in ``grammars/``: sections
 that begin with ``@name``, one entry per line or several separated by `` | ``; ``{name}`` in an entry is replaced by a
 random entry of that section, ``[a|b|]`` by one of the alternatives. Verb phrases (``@violent.h`` harmful, ``.c``
-controversial, ``.b`` benign) are put into the frames of ``@ask``; the frames of ``@about`` turn harmful phrases into safe
-sentences (law, prevention, fiction, negation). An entry that begins with ``= `` is a whole sentence already.
+controversial, ``.b`` benign) are put into the frames of ``@ask``; the frames of ``@about`` turn harmful phrases into
+safe sentences (law, prevention, fiction, negation). An entry that begins with ``= `` is a whole sentence already.
 
 No entry holds operational detail, names a real person or uses a slur.
 """
@@ -26,7 +26,7 @@ from tidegate.types import Category, Conversation, Example, Severity, Target
 
 __all__ = ["FAMILIES", "LANGUAGES", "Family", "families", "synthesize"]
 
-LANGUAGES: tuple[str, ...] = ("en", "zh")
+LANGUAGES: tuple[str, ...] = ("en", "zh", "de", "fr", "es")
 """BCP-47 tags of the languages that have a grammar."""
 
 _TOPICS: Mapping[str, Category] = {
@@ -42,28 +42,11 @@ _HOLD_OUT_FROM = 8
 _HOLD_OUT_EVERY = 12
 _DEV_EVERY = 25
 _FRAMES = frozenset(
-    [
-        "ask",
-        "about",
-        "lead",
-        "tail",
-        "tags",
-        "hate.push",
-        "hate.counter",
-        "jail.hard",
-        "jail.soft",
-        "resp.yes",
-        "resp.no",
-        "resp.alt",
-        "resp.open",
-        "resp.steps.h",
-        "resp.steps.b",
-        "resp.correct",
-        "resp.kind",
-        "hate.asked",
-    ]
+    {"ask", "about", "lead", "tail", "tags", "hate.push", "hate.counter", "hate.asked", "jail.hard", "jail.soft"}
+    | {f"resp.{part}" for part in ("yes", "no", "alt", "open", "steps.h", "steps.b", "correct", "correct_hate", "kind")}
 )
 _TOKEN = re.compile(r"\{([a-z_.]+)\}|\[([^\[\]]*\|[^\[\]]*)\]")
+_DOUBLE_SPACE = re.compile(r" {2,}")
 _SPACELESS = frozenset({"zh", "ja", "th"})
 
 
@@ -152,15 +135,15 @@ class _Drawer:
         def replace(match: re.Match[str]) -> str:
             name, options = match.groups()
             if name is None:
-                return self.rng.choice(options.split("|"))
-            return given[name] if name in given else self.expand(self.pick(name))
+                return self.rng.choice(str(options).split("|"))
+            return given[name] if name in given else self.expand(self.pick(str(name)))
 
         for _ in range(6):
             done = _TOKEN.sub(replace, text)
             if done == text:
                 break
             text = done
-        return text
+        return _DOUBLE_SPACE.sub(" ", text).strip()
 
     def draw(self, name: str, **given: str) -> str:
         """A random entry of a section, expanded."""
@@ -262,8 +245,8 @@ def _jailbreak(d: _Drawer, harmful: bool) -> _Draft:
         return _Draft(d.draw("jail.b"), Severity.SAFE)
     task = d.draw("ask", vp=_any_phrase(d, "b")[0])
     if d.maybe(0.2):
-        hard = d.draw("jail.hard", task=task)
-        return _Draft(hard, Severity.CONTROVERSIAL, (Category.JAILBREAK.value,))
+        wrapped = d.draw("jail.hard", task=task)
+        return _Draft(wrapped, Severity.CONTROVERSIAL, (Category.JAILBREAK.value,))
     return _Draft(d.draw("jail.soft", task=task), Severity.SAFE)
 
 

@@ -45,6 +45,7 @@ _FRAMES = frozenset(
     {"ask", "about", "lead", "tail", "tags", "hate.push", "hate.counter", "hate.asked", "jail.hard", "jail.soft"}
     | {f"resp.{part}" for part in ("yes", "no", "alt", "open", "steps.h", "steps.b", "correct", "correct_hate", "kind")}
 )
+_WHOLE = ".whole"
 _TOKEN = re.compile(r"\{([a-z_.]+)\}|\[([^\[\]]*\|[^\[\]]*)\]")
 _DOUBLE_SPACE = re.compile(r" {2,}")
 _SPACELESS = frozenset({"zh", "ja", "th"})
@@ -77,24 +78,26 @@ class _Draft:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-class _NoEntry(Exception):
-    """The grammar has no such section, or a dev sentence met no held-out filler."""
-
-
 @functools.cache
 def _grammar(language: str) -> Mapping[str, tuple[str, ...]]:
     text = (resources.files("tidegate.data.grammars") / f"{language}.txt").read_text("utf-8")
     sections: dict[str, list[str]] = {}
     current: list[str] = []
+    name = ""
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if line.startswith("@") and " " not in line:
-            current = sections.setdefault(line[1:], [])
+            name = line[1:]
+            current = sections.setdefault(name, [])
         elif line:
             if not sections:
                 raise ValueError(f"grammar {language}, line {number}: expected a section such as @ask before entries")
-            current.extend(part.strip() for part in line.split(" | ") if part.strip())
-    return {name: tuple(dict.fromkeys(entries)) for name, entries in sections.items()}
+            for part in filter(None, map(str.strip, line.split(" | "))):
+                if part.startswith("= "):
+                    sections.setdefault(name + _WHOLE, []).append(part[2:])
+                else:
+                    current.append(part)
+    return {name: tuple(dict.fromkeys(entries)) for name, entries in sections.items() if entries}
 
 
 def _held_out(name: str, entries: tuple[str, ...]) -> tuple[str, ...]:
@@ -114,15 +117,13 @@ class _Drawer:
         self.fresh = False
         self._sections = _grammar(language)
 
-    def has(self, name: str) -> bool:
-        """Whether the grammar has entries under this name."""
-        return bool(self._sections.get(name))
+    def count(self, name: str) -> int:
+        """How many entries the grammar has under this name."""
+        return len(self._sections.get(name, ()))
 
     def pick(self, name: str) -> str:
         """A random entry of a section, not yet expanded."""
-        entries = self._sections.get(name, ())
-        if not entries:
-            raise _NoEntry(name)
+        entries = self._sections[name]
         held = _held_out(name, entries)
         if self.dev and held:
             self.fresh = True
@@ -155,20 +156,11 @@ class _Drawer:
 
 
 def _framed(d: _Drawer, frame: str, section: str) -> str:
-    """A phrase of the section in a frame, or the whole sentence when the entry is one."""
-    entry = d.pick(section)
-    if entry.startswith("= "):
-        return d.expand(entry[2:])
-    return d.draw(frame, vp=d.expand(entry))
-
-
-def _phrase(d: _Drawer, section: str) -> str:
-    """A phrase of the section that is not a whole sentence."""
-    for _ in range(40):
-        entry = d.pick(section)
-        if not entry.startswith("= "):
-            return d.expand(entry)
-    raise _NoEntry(section)
+    """A phrase of the section in a frame, or one of its whole sentences, by how many there are of each."""
+    phrases, whole = d.count(section), d.count(section + _WHOLE)
+    if d.maybe(whole / (phrases + whole)):
+        return d.draw(section + _WHOLE)
+    return d.draw(frame, vp=d.draw(section))
 
 
 def _join(d: _Drawer, *parts: str) -> str:
@@ -193,12 +185,12 @@ def _sentence(d: _Drawer, text: str) -> str:
 def _topic(topic: str) -> Callable[[_Drawer, bool], _Draft]:
     def make(d: _Drawer, harmful: bool) -> _Draft:
         if harmful:
-            grey = d.has(f"{topic}.c") and d.maybe(0.35)
+            grey = d.count(f"{topic}.c{_WHOLE}") and d.maybe(0.35)
             text = _framed(d, "ask", f"{topic}.{'c' if grey else 'h'}")
             severity = Severity.CONTROVERSIAL if grey else Severity.UNSAFE
             return _Draft(text, severity, (_TOPICS[topic].value,))
         if d.maybe(0.35):
-            return _Draft(d.draw("about", vp=_phrase(d, f"{topic}.h")), Severity.SAFE)
+            return _Draft(d.draw("about", vp=d.draw(f"{topic}.h")), Severity.SAFE)
         return _Draft(_framed(d, "ask", f"{topic}.b"), Severity.SAFE)
 
     return make
@@ -228,22 +220,22 @@ def _hate(d: _Drawer, harmful: bool) -> _Draft:
 
 def _any_phrase(d: _Drawer, kind: str) -> tuple[str, str]:
     """A phrase of any topic that the grammar has, and the topic's category."""
-    topic = d.rng.choice([t for t in _TOPICS if d.has(f"{t}.{kind}")])
-    return _phrase(d, f"{topic}.{kind}"), _TOPICS[topic].value
+    topic = d.rng.choice([t for t in _TOPICS if d.count(f"{t}.{kind}")])
+    return d.draw(f"{topic}.{kind}"), _TOPICS[topic].value
 
 
 def _jailbreak(d: _Drawer, harmful: bool) -> _Draft:
     if harmful:
         if d.maybe(0.25):
             return _Draft(d.draw("jail.h"), Severity.UNSAFE, (Category.JAILBREAK.value,))
-        phrase, category = _any_phrase(d, "h")
+        phrase, category = _anyd.draw("h")
         task = d.draw("ask", vp=phrase)
         hard = d.maybe(0.6)
         names = (Category.JAILBREAK.value, category) if hard else (category, Category.JAILBREAK.value)
         return _Draft(d.draw("jail.hard" if hard else "jail.soft", task=task), Severity.UNSAFE, names)
     if d.maybe(0.45):
         return _Draft(d.draw("jail.b"), Severity.SAFE)
-    task = d.draw("ask", vp=_any_phrase(d, "b")[0])
+    task = d.draw("ask", vp=_anyd.draw("b")[0])
     if d.maybe(0.2):
         wrapped = d.draw("jail.hard", task=task)
         return _Draft(wrapped, Severity.CONTROVERSIAL, (Category.JAILBREAK.value,))
@@ -278,13 +270,13 @@ def _answer(topic: str) -> Callable[[_Drawer, bool], _Draft]:
     name = _TOPICS[topic].value
 
     def make(d: _Drawer, harmful: bool) -> _Draft:
-        phrase = _phrase(d, f"{topic}.h")
+        phrase = d.draw(f"{topic}.h")
         prompt = d.draw("ask", vp=phrase)
         spoken = _addressed(d, phrase)
         if harmful:
             reply = _reply(d, d.draw("resp.yes", vp=spoken), "h")
             if d.maybe(0.25):  # begins harmlessly, about a benign phrase, and turns
-                start = _reply(d, d.draw("resp.yes", vp=_addressed(d, _phrase(d, f"{topic}.b"))), "b") + "\n\n"
+                start = _reply(d, d.draw("resp.yes", vp=_addressed(d, d.draw(f"{topic}.b"))), "b") + "\n\n"
                 return _Draft(prompt, Severity.UNSAFE, (name,), start + reply, False, {"onset": len(start)})
             return _Draft(prompt, Severity.UNSAFE, (name,), reply, False)
         draw = d.rng.random()
@@ -294,7 +286,7 @@ def _answer(topic: str) -> Callable[[_Drawer, bool], _Draft]:
             return _Draft(prompt, Severity.SAFE, (), _join(d, d.draw("resp.no", vp=spoken), d.draw("resp.alt")), True)
         if draw < 0.55:
             return _Draft(prompt, Severity.SAFE, (), d.draw("resp.correct", vp=spoken), True)
-        harmless = _phrase(d, f"{topic}.b")
+        harmless = d.draw(f"{topic}.b")
         reply = _reply(d, d.draw("resp.yes", vp=_addressed(d, harmless)), "b")
         return _Draft(d.draw("ask", vp=harmless), Severity.SAFE, (), reply, False)
 
@@ -334,16 +326,16 @@ _EMOJI = ("🙏", "😂", "🤔", "😡", "❤️", "🔥", "👀", "😭", "�
 def _styled(d: _Drawer, text: str) -> str:
     """The same choice of surface for harmful and benign: context around, post decoration, case and punctuation."""
     parts = [_sentence(d, text) if d.maybe(0.75) else text]
-    if d.has("lead") and d.maybe(0.3):
+    if d.count("lead") and d.maybe(0.3):
         parts[0] = _cased(parts[0])
         parts.insert(0, d.draw("lead"))
-    if d.has("tail") and d.maybe(0.2):
+    if d.count("tail") and d.maybe(0.2):
         parts[-1] = _sentence(d, parts[-1])
         parts.append(d.draw("tail"))
     text = _join(d, *parts)
     if d.maybe(0.07):
         text = d.rng.choice(("@user ", "@user1 @user2 ", "RT @user: ", "@USER ")) + text
-    if d.has("tags") and d.maybe(0.1):
+    if d.count("tags") and d.maybe(0.1):
         text += "".join(f" #{d.draw('tags')}" for _ in range(d.rng.randint(1, 3)))
     elif d.maybe(0.1):
         text += " " + d.rng.choice(_EMOJI) * d.rng.randint(1, 3)

@@ -228,14 +228,14 @@ def _jailbreak(d: _Drawer, harmful: bool) -> _Draft:
     if harmful:
         if d.maybe(0.25):
             return _Draft(d.draw("jail.h"), Severity.UNSAFE, (Category.JAILBREAK.value,))
-        phrase, category = _anyd.draw("h")
+        phrase, category = _any_phrase(d, "h")
         task = d.draw("ask", vp=phrase)
         hard = d.maybe(0.6)
         names = (Category.JAILBREAK.value, category) if hard else (category, Category.JAILBREAK.value)
         return _Draft(d.draw("jail.hard" if hard else "jail.soft", task=task), Severity.UNSAFE, names)
     if d.maybe(0.45):
         return _Draft(d.draw("jail.b"), Severity.SAFE)
-    task = d.draw("ask", vp=_anyd.draw("b")[0])
+    task = d.draw("ask", vp=_any_phrase(d, "b")[0])
     if d.maybe(0.2):
         wrapped = d.draw("jail.hard", task=task)
         return _Draft(wrapped, Severity.CONTROVERSIAL, (Category.JAILBREAK.value,))

@@ -1,0 +1,74 @@
+"""Guards by name: ``load_guard("edge")`` is the one in the wheel, ``edge:FOLDER`` one of your own training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tidegate.errors import GuardError, GuardUnavailable, InputError
+from tidegate.guards.base import Guard, Session, StreamGuard
+
+__all__ = ["Guard", "GuardRow", "Session", "StreamGuard", "list_guards", "load_guard"]
+
+_SPECS: Final = "expected edge, or edge:FOLDER with a folder that tidegate export wrote"
+_LATER: Final = ("gen", "stream", "remote", "cascade")
+
+
+@dataclass(frozen=True, slots=True)
+class GuardRow:
+    """One line of ``tidegate guards``.
+
+    Attributes:
+        spec: what `load_guard` takes.
+        description: what it is, in a sentence.
+        languages: BCP-47 tags that it was trained on.
+        bytes: size on disk; 0 when it is not there.
+        available: whether it can be loaded.
+        why_not: what is missing; "" when it is available.
+    """
+
+    spec: str
+    description: str
+    languages: tuple[str, ...]
+    bytes: int
+    available: bool
+    why_not: str = ""
+
+
+def load_guard(spec: str = "edge", *, threads: int = 1) -> StreamGuard:
+    """Load a guard into memory.
+
+    Args:
+        spec: ``edge`` for the shipped one, ``edge:FOLDER`` for another folder with model, tokenizer and config.
+        threads: how many threads one run of the model may use.
+
+    Raises:
+        InputError: when there is no guard of that name; lists those that exist.
+        GuardUnavailable: when its files are missing or cannot be used; says which and where.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind in _LATER:
+        raise GuardUnavailable(f"{kind}: guards are not in this version: {_SPECS}")
+    if kind != "edge" or (":" in spec and not rest):
+        raise InputError(f"unknown guard {spec!r}: {_SPECS}", where="guard")
+    from tidegate.guards.edge import EdgeGuard
+
+    return EdgeGuard(Path(rest) if rest else None, threads=threads)
+
+
+def list_guards() -> list[GuardRow]:
+    """The guards of this installation, whether or not they can be loaded. Loads no model."""
+    from tidegate.guards.edge import EDGE_FILES, SHIPPED
+    from tidegate.guards.edge_config import read_config
+
+    description = "the small guard in the package: prompts, answers and streams, on CPU, no download"
+    size = sum((SHIPPED / name).stat().st_size for name in EDGE_FILES if (SHIPPED / name).is_file())
+    missing = [name for name in EDGE_FILES if not (SHIPPED / name).is_file()]
+    if missing:
+        return [GuardRow("edge", description, (), size, False, f"{SHIPPED} lacks {', '.join(missing)}")]
+    try:
+        config, _ = read_config(SHIPPED / "config.json")
+    except GuardError as error:
+        return [GuardRow("edge", description, (), size, False, str(error))]
+    return [GuardRow("edge", description, config.languages, size, True)]

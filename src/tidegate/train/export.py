@@ -52,7 +52,7 @@ class Quantized(NamedTuple):
 
     def float32(self) -> Float:
         """The matrix that is computed with."""
-        return self.values.astype(np.float32) * self.scale[:, None]
+        return np.multiply(self.values, self.scale[:, None], dtype=np.float32)
 
 
 def quantize(matrix: Float) -> Quantized:

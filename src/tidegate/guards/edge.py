@@ -1,0 +1,423 @@
+"""The guard in the wheel: a small model of the Stream architecture on ONNX Runtime, without torch.
+
+A turn becomes ``<|role|> tokens <|end|>``. A prompt is judged at its ``<|end|>``; an answer, after the last user turn as
+context, at each of its tokens and at its ``<|end|>``. Text longer than the window is judged in overlapping windows; no
+token is skipped and the worst verdict wins. Windows begin at fixed token numbers and tokens are final only when no
+further text can change them, so every verdict is a function of the text before it and of nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, NamedTuple, TypeVar
+from weakref import WeakSet
+
+from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, SessionClosed
+from tidegate.guards.edge_config import EdgeConfig, Row, read_config
+from tidegate.guards.edge_engine import Engine, Logits
+from tidegate.guards.edge_engine import Sequence as CachedSequence
+from tidegate.model.tokens import CONTROL_TOKENS, TextTokenizer, Token
+from tidegate.types import Conversation, Role, Severity, Span, Target, TokenVerdict, Turn, Verdict, worst
+
+__all__ = ["EDGE_FILES", "SHIPPED", "EdgeGuard", "EdgeSession"]
+
+SHIPPED: Final = Path(__file__).parent / "edge_model"
+"""The model in the wheel."""
+EDGE_FILES: Final = ("model.onnx", "tokenizer.json", "config.json")
+"""What the folder of an edge guard holds."""
+
+_ROLE_TOKENS: Final = {Role.SYSTEM: "<|system|>", Role.USER: "<|user|>", Role.TOOL: "<|tool|>"}
+_IN_FLIGHT: Final = 16
+"""How many windows of one text are computed at once: more would make other texts wait."""
+_LONG_TEXT: Final = 16_384
+"""From this many characters on, text is tokenized beside the event loop and not in it."""
+
+
+T = TypeVar("T")
+
+
+class _Window(NamedTuple):
+    """Tokens ``[seen, stop)`` of a text, of which those from ``first`` on are new in this window."""
+
+    seen: int
+    first: int
+    stop: int
+
+
+class _Job(NamedTuple):
+    """Ids to append to a sequence, and the tokens of a session's text that are among them."""
+
+    sequence: CachedSequence
+    ids: list[int]
+    tokens: Sequence[Token] = ()
+
+
+class _Template:
+    """From turns to ids: the one place that knows where control tokens go."""
+
+    def __init__(self, tokenizer: TextTokenizer, config: EdgeConfig) -> None:
+        self._tokenizer = tokenizer
+        self._control = tokenizer.control
+        self._config = config
+
+    @property
+    def end(self) -> int:
+        return self._control["<|end|>"]
+
+    def prompt(self, role: Role, tokens: Sequence[Token], *, later: bool) -> list[int]:
+        more = [self._control["<|more|>"]] if later else []
+        return [self._control[_ROLE_TOKENS[role]], *more, *(token.id for token in tokens), self.end]
+
+    async def header(self, before: Sequence[Turn]) -> tuple[int, ...]:
+        """The last user turn as context, its middle left out when it is long; () when there is none."""
+        content = next((turn.content for turn in reversed(before) if turn.role is Role.USER), "")
+        if not content:
+            return ()
+        ids = [token.id for token in await self.tokens(content)]
+        limit = self._config.context
+        if len(ids) > limit:
+            head = limit // 2
+            ids = [*ids[:head], self._control["<|more|>"], *ids[len(ids) - (limit - head) :]]
+        return (self._control["<|user|>"], *ids, self.end)
+
+    def opening(self, header: tuple[int, ...], *, reasoning: bool, later: bool) -> list[int]:
+        more = [self._control["<|more|>"]] if later else []
+        return [*header, self._control["<|think|>" if reasoning else "<|assistant|>"], *more]
+
+    async def tokens(self, text: str) -> list[Token]:
+        if len(text) < _LONG_TEXT:
+            return self._tokenizer.encode(text)
+        return await asyncio.to_thread(self._tokenizer.encode, text)
+
+    def prompt_windows(self, count: int) -> list[_Window]:
+        """Windows of a prompt of ``count`` tokens."""
+        room, overlap = self._config.window - 3, self._config.overlap
+        windows = [_Window(0, 0, min(count, room))]
+        while windows[-1].stop < count:
+            stop = windows[-1].stop
+            windows.append(_Window(stop - overlap, stop, min(count, stop - overlap + room)))
+        return windows
+
+    def answer_windows(self, count: int, header: tuple[int, ...]) -> list[_Window]:
+        """Windows of an answer of ``count`` tokens: the same that a session makes as the answer grows."""
+        windows = [_Window(0, 0, min(count, self.first_room(header)))]
+        while windows[-1].stop < count:
+            stop = windows[-1].stop
+            seen = stop - self._config.overlap
+            windows.append(_Window(seen, stop, min(count, stop + self.later_room(header))))
+        return windows
+
+    def first_room(self, header: tuple[int, ...]) -> int:
+        """How many tokens of an answer the first window takes; one position is kept for ``<|end|>``."""
+        return self._config.window - len(header) - 2
+
+    def later_room(self, header: tuple[int, ...]) -> int:
+        """How many new tokens of an answer each later window takes."""
+        return self._config.window - len(header) - 3 - self._config.overlap
+
+
+class EdgeGuard:
+    """Judges prompts and answers, whole and as they are written. One model and one thread for all sessions.
+
+    Usable from several event loops at once.
+
+    Args:
+        folder: holds ``model.onnx``, ``tokenizer.json`` and ``config.json``; None for the one that is shipped.
+        threads: how many threads one run of the model may use.
+        most_sessions: how many sessions may be open at once.
+        most_waiting: how many pieces of text may wait to be computed.
+
+    Raises:
+        GuardUnavailable: when the folder is incomplete or one of its files cannot be used; says which.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, *, threads: int = 1, most_sessions: int = 1024, most_waiting: int = 4096
+    ) -> None:
+        folder = SHIPPED if folder is None else folder
+        missing = [name for name in EDGE_FILES if not (folder / name).is_file()]
+        if missing:
+            raise GuardUnavailable(f"{folder} lacks {', '.join(missing)}: expected {', '.join(EDGE_FILES)}")
+        self.config, self._readings = read_config(folder / "config.json")
+        self.tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        self._template = _Template(self.tokenizer, self.config)
+        self._engine = Engine(folder / "model.onnx", threads=threads, most_waiting=most_waiting)
+        self._most_sessions = most_sessions
+        self._open: WeakSet[EdgeSession] = WeakSet()
+
+    @property
+    def name(self) -> str:
+        """Name and version, as ``edge/1``."""
+        return f"{self.config.name}/{self.config.version}"
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions are open now."""
+        return len(self._open)
+
+    def open(self, context: Conversation | None, *, reasoning: bool = False) -> EdgeSession:
+        """Open a session for text that an assistant writes after these turns; None when nothing came before.
+
+        Args:
+            context: the turns before; the last user turn among them is what counts.
+            reasoning: whether the text is the assistant's thinking and not its answer.
+
+        Raises:
+            GuardOverloaded: when ``most_sessions`` are open.
+            GuardUnavailable: when the guard is closed.
+        """
+        if self._engine.closed:
+            raise GuardUnavailable("the guard is closed")
+        if len(self._open) >= self._most_sessions:
+            raise GuardOverloaded(f"{self._most_sessions} sessions are open already")
+        session = EdgeSession(self, context.turns if context else (), reasoning=reasoning)
+        self._open.add(session)
+        return session
+
+    async def judge(self, conversation: Conversation) -> Verdict:
+        """Judge the last turn. Of an assistant turn, its reasoning and tool-call arguments are judged too.
+
+        The verdict is the worst of all windows and texts; its span is the window that it came from, when it came from
+        content that needed more than one.
+
+        Raises:
+            GuardOverloaded: when too much waits.
+            GuardError: when it cannot judge.
+        """
+        if conversation.target is Target.PROMPT:
+            return await self._judge_prompt(conversation.turns[-1])
+        *before, turn = conversation.turns
+        header = await self._template.header(before)
+        verdicts = [await self._judge_answer(header, turn.content)]
+        if turn.reasoning:
+            verdicts.append(_without_span(await self._judge_answer(header, turn.reasoning, reasoning=True)))
+        for call in turn.tool_calls:
+            verdicts.append(_without_span(await self._judge_answer(header, call.arguments)))
+        return worst(verdicts)
+
+    async def close(self) -> None:
+        """Stop the thread and free the model; sessions that are open fail from now on. Safe to call twice."""
+        await asyncio.to_thread(self._engine.close)
+
+    async def __aenter__(self) -> EdgeGuard:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _judge_prompt(self, turn: Turn) -> Verdict:
+        tokens = await self._template.tokens(turn.content)
+        windows = self._template.prompt_windows(len(tokens))
+        verdicts: list[Verdict] = []
+        for part in _groups(windows):
+            jobs = [
+                _Job(CachedSequence(), self._template.prompt(turn.role, tokens[w.seen : w.stop], later=w.seen > 0))
+                for w in part
+            ]
+            for window, logits in zip(part, await self._compute(jobs, last_only=True), strict=True):
+                span = _span(tokens, window) if len(windows) > 1 else None
+                row = Row(logits.query_risk[-1], logits.query_category[-1])
+                verdicts.append(self._verdict(Target.PROMPT, row, span))
+        return worst(verdicts)
+
+    async def _judge_answer(self, header: tuple[int, ...], text: str, *, reasoning: bool = False) -> Verdict:
+        tokens = await self._template.tokens(text)
+        windows = self._template.answer_windows(len(tokens), header)
+        verdicts: list[Verdict] = []
+        for part in _groups(windows):
+            jobs = []
+            for window in part:
+                ids = self._template.opening(header, reasoning=reasoning, later=window.seen > 0)
+                ids += [token.id for token in tokens[window.seen : window.stop]]
+                ids += [self._template.end] if window.stop == len(tokens) else []
+                jobs.append(_Job(CachedSequence(), ids))
+            for window, logits in zip(part, await self._compute(jobs, last_only=True), strict=True):
+                span = _span(tokens, window) if len(windows) > 1 else None
+                verdicts.append(self._verdict(Target.RESPONSE, Row(logits.risk[-1], logits.category[-1]), span))
+        return worst(verdicts)
+
+    async def _compute(self, jobs: Sequence[_Job], *, last_only: bool = False) -> list[Logits]:
+        """The logits of each job, computed together where they fit; sequences used once are given back."""
+        futures = []
+        try:
+            for job in jobs:
+                futures.append(self._engine.submit(job.sequence, job.ids, last_only=last_only))
+            return [await future for future in futures]
+        finally:
+            for future in futures:
+                if not future.cancel() and not future.cancelled():
+                    future.exception()
+
+    def _verdict(self, target: Target, row: Row, span: Span | None) -> Verdict:
+        reading = self._readings[target]
+        probabilities = reading.probabilities(row.risk)
+        thresholds = self.config.thresholds
+        limits = thresholds.prompt if target is Target.PROMPT else thresholds.response
+        severity = limits.severity(probabilities)
+        categories = reading.category_probabilities(row.category)
+        likely = [name for name, p in categories.items() if p >= self.config.category_threshold]
+        return Verdict(
+            target=target,
+            severity=severity,
+            probabilities=probabilities,
+            categories=() if severity is Severity.SAFE else tuple(sorted(likely, key=lambda n: -categories[n])),
+            category_probabilities=categories,
+            span=span,
+            guard=self.name,
+        )
+
+    def _token_verdict(self, row: Row, span: Span, *, whole: bool = False) -> TokenVerdict:
+        reading = self._readings[Target.RESPONSE]
+        probabilities = reading.probabilities(row.risk)
+        limits = self.config.thresholds.response if whole else self.config.thresholds.token
+        category, probability = reading.top_category(row.category)
+        return TokenVerdict(span, limits.severity(probabilities), probabilities, category, probability)
+
+
+class EdgeSession:
+    """One answer, or one reasoning text, that arrives in pieces: see `tidegate.guards.base.Session`.
+
+    The last verdict of ``finish`` is that of the whole text, at its end, and covers no character of its own. Calls must
+    not overlap, except ``close``.
+    """
+
+    def __init__(self, guard: EdgeGuard, before: tuple[Turn, ...], *, reasoning: bool) -> None:
+        self._guard = guard
+        self._before = before
+        self._reasoning = reasoning
+        self._text = guard.tokenizer.incremental()
+        self._header: tuple[int, ...] | None = None
+        self._sequence = CachedSequence()
+        self._opening: list[int] = []
+        self._room = 0
+        self._recent: list[int] = []
+        self._covered = 0
+        self._busy = False
+        self._closed = False
+
+    async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
+        """Take more text; return the verdicts of the tokens that no further text can change. May be ().
+
+        Raises:
+            SessionClosed: after ``finish`` or ``close``.
+            GuardError: when the guard cannot judge; the session is then closed.
+        """
+        return await self._take(text, last=False)
+
+    async def finish(self) -> tuple[TokenVerdict, ...]:
+        """The text is complete: return the verdicts that remain and that of the whole text, and close.
+
+        Raises:
+            SessionClosed: after ``finish`` or ``close``.
+            GuardError: when the guard cannot judge.
+        """
+        verdicts = await self._take("", last=True)
+        self.close()
+        return verdicts
+
+    def close(self) -> None:
+        """Give everything back at once; safe to call any number of times, also while a feed is running."""
+        self._closed = True
+        self._sequence.close()
+        self._guard._open.discard(self)
+
+    async def _take(self, text: str, *, last: bool) -> tuple[TokenVerdict, ...]:
+        if self._closed:
+            raise SessionClosed("the session is closed")
+        if self._busy:
+            raise GuardError("a session takes one piece of text at a time")
+        self._busy = True
+        try:
+            step = self._text.finish if last else lambda: self._text.feed(text)
+            tokens = step() if len(text) < _LONG_TEXT else await asyncio.to_thread(step)
+            verdicts = await self._judge(tokens, last=last)
+            if self._closed:
+                raise SessionClosed("the session was closed while it judged")
+            return tuple(verdicts)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._busy = False
+
+    async def _judge(self, tokens: list[Token], *, last: bool) -> list[TokenVerdict]:
+        if not tokens and not last:
+            return []
+        if self._header is None:
+            self._header = await self._guard._template.header(self._before)
+            self._begin(self._header)
+        jobs = self._plan(tokens, self._header)
+        if last:
+            jobs = jobs or [_Job(self._sequence, self._opening)]
+            jobs[-1].ids.append(self._guard._template.end)
+        verdicts: list[TokenVerdict] = []
+        for group in _groups(jobs):
+            if self._closed:
+                raise SessionClosed("the session was closed while it judged")
+            for job, logits in zip(group, await self._guard._compute(group), strict=True):
+                ended = last and job is jobs[-1]
+                verdicts += self._read(job.tokens, logits, len(job.ids) - len(job.tokens) - ended)
+        if last:
+            span = Span(self._covered, self._text.characters)
+            verdicts.append(self._guard._token_verdict(Row(logits.risk[-1], logits.category[-1]), span, whole=True))
+        return verdicts
+
+    def _begin(self, header: tuple[int, ...]) -> None:
+        """Begin a window: the first one, or one that repeats the end of the answer so far."""
+        later = bool(self._recent)
+        self._sequence = CachedSequence()
+        self._opening = self._guard._template.opening(header, reasoning=self._reasoning, later=later) + self._recent
+        template = self._guard._template
+        self._room = template.later_room(header) if later else template.first_room(header)
+
+    def _plan(self, tokens: list[Token], header: tuple[int, ...]) -> list[_Job]:
+        """What to compute for these tokens: a job for each window that they fall into."""
+        jobs: list[_Job] = []
+        at, overlap = 0, self._guard.config.overlap
+        while at < len(tokens):
+            if not self._room:
+                self._begin(header)
+            part = tokens[at : at + self._room]
+            ids = [token.id for token in part]
+            jobs.append(_Job(self._sequence, self._opening + ids, part))
+            self._opening = []
+            self._recent = (self._recent + ids)[-overlap:]
+            self._room -= len(part)
+            at += len(part)
+        return jobs
+
+    def _read(self, tokens: Sequence[Token], logits: Logits, first: int) -> list[TokenVerdict]:
+        verdicts = []
+        for row, token in enumerate(tokens, start=first):
+            span = Span(self._covered, token.end)
+            self._covered = token.end
+            verdicts.append(self._guard._token_verdict(Row(logits.risk[row], logits.category[row]), span))
+        return verdicts
+
+
+def _groups(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), _IN_FLIGHT):
+        yield values[start : start + _IN_FLIGHT]
+
+
+def _span(tokens: Sequence[Token], window: _Window) -> Span:
+    """The characters that a window of several covers."""
+    return Span(tokens[window.seen - 1].end if window.seen else 0, tokens[window.stop - 1].end)
+
+
+def _without_span(verdict: Verdict) -> Verdict:
+    """The verdict of a text beside the content: a span in it would be read as one in the content."""
+    return replace(verdict, span=None)
+
+
+def _read_tokenizer(path: Path) -> TextTokenizer:
+    try:
+        tokenizer = TextTokenizer.load(path)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise GuardUnavailable(f"{path} is not a tokenizer of an edge guard: {error}") from error
+    if lacking := [name for name in CONTROL_TOKENS if name not in tokenizer.control]:
+        raise GuardUnavailable(f"{path} lacks the control tokens {', '.join(lacking)}")
+    return tokenizer

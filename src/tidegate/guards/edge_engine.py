@@ -1,0 +1,309 @@
+"""Runs the edge guard's ONNX file for many sequences at once: what waits together is computed together.
+
+One worker thread runs ONNX Runtime. It takes the oldest waiting work, adds waiting work of similar length, and gives
+the logits back to the event loop that asked. Each Sequence keeps its own keys and values; nothing of one sequence
+reaches another, and the mathematics of a row does not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, SessionClosed
+
+__all__ = ["Engine", "Logits", "Sequence"]
+
+Float = NDArray[np.float32]
+
+_HIDDEN = np.float32(-1e9)
+_CHUNK = 256
+"""Most new positions of one sequence in one run."""
+_MOST_TOKENS = 4096
+"""Most new positions in one run, padding included."""
+_MOST_CACHED = 64 * 1024
+"""Most cached positions in one run, padding included."""
+_SLACK = 16
+"""Padded positions that are always worth a shared run."""
+_SMALLEST_CACHE = 32
+
+
+class Logits(NamedTuple):
+    """The four heads at some positions of one sequence, each ``[positions, classes]``."""
+
+    risk: Float
+    category: Float
+    query_risk: Float
+    query_category: Float
+
+
+class Sequence:
+    """The cache of one text: keys and values of the positions computed so far, ``[2 * layers, heads, length, D]``."""
+
+    __slots__ = ("cache", "closed", "length")
+
+    def __init__(self) -> None:
+        self.cache: Float | None = None
+        self.length = 0
+        self.closed = False
+
+    def close(self) -> None:
+        """Give the cache back; work that waits for this sequence is dropped before it is computed."""
+        self.closed = True
+        self.cache = None
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    sequence: Sequence
+    ids: Ids[int]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Logits]
+    last_only: bool
+    done: int = 0
+    parts: list[Logits] = field(default_factory=list)
+
+    @property
+    def new(self) -> int:
+        """How many positions the next run computes."""
+        return min(_CHUNK, len(self.ids) - self.done)
+
+    @property
+    def dropped(self) -> bool:
+        return self.sequence.closed or self.future.cancelled()
+
+
+class Engine:
+    """A model in memory and the thread that runs it.
+
+    Args:
+        model: the ONNX file, as ``tidegate export`` writes it.
+        threads: how many threads one run may use.
+        most_waiting: how many pieces of work may wait before more is refused.
+
+    Raises:
+        GuardUnavailable: when the file cannot be loaded.
+    """
+
+    def __init__(self, model: Path, *, threads: int = 1, most_waiting: int = 4096) -> None:
+        session = _load(model, threads)
+        self._session: onnxruntime.InferenceSession | None = session
+        past = [given for given in session.get_inputs() if given.name.startswith("past.")]
+        if not past:
+            raise GuardUnavailable(f"{model.name} has no past.0 input: expected a file of tidegate export")
+        self._pasts = [given.name for given in past]
+        _, self._kv_heads, _, self._head_dim = past[0].shape
+        self._most_waiting = most_waiting
+        self._waiting: deque[_Work] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many pieces of work wait now."""
+        return len(self._waiting)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def submit(self, sequence: Sequence, ids: Ids[int], *, last_only: bool = False) -> asyncio.Future[Logits]:
+        """Append ids to a sequence; the future gives the logits of each of them, or of the last one only.
+
+        Call from a running event loop.
+
+        Work of one sequence must not be submitted before its earlier work is done.
+
+        Raises:
+            GuardOverloaded: when too much work waits.
+            SessionClosed: when the sequence or the engine is closed.
+        """
+        if sequence.closed:
+            raise SessionClosed("the sequence is closed")
+        loop = asyncio.get_running_loop()
+        work = _Work(sequence, ids, loop, loop.create_future(), last_only)
+        with self._wake:
+            if self._closed:
+                raise SessionClosed("the guard is closed")
+            if len(self._waiting) >= self._most_waiting:
+                raise GuardOverloaded(f"{self._most_waiting} pieces of text wait already")
+            self._waiting.append(work)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="tidegate-edge", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+        return work.future
+
+    def close(self) -> None:
+        """Stop the thread after the run that it is in, refuse what waits, and free the model. Safe to call twice."""
+        with self._wake:
+            self._closed = True
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            self._wake.notify()
+            thread = self._thread
+            if thread is None:
+                self._session = None
+        _answer([(work, SessionClosed("the guard is closed")) for work in waiting])
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            try:
+                done = self._run(batch)
+            except Exception as error:
+                failure = GuardError(f"ONNX Runtime could not compute: {type(error).__name__}")
+                _answer([(work, failure) for work in batch])
+            else:
+                _answer([(work, _joined(work.parts)) for work in done])
+            del batch
+        self._session = None
+
+    def _next_batch(self) -> list[_Work]:
+        with self._wake:
+            while True:
+                self._wake.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return []
+                batch, dropped = _choose(self._waiting)
+                _answer([(work, SessionClosed("the session is closed")) for work in dropped])
+                if batch:
+                    return batch
+
+    def _run(self, batch: list[_Work]) -> list[_Work]:
+        """One forward pass; returns the work that is complete with it. What is not goes back to the front."""
+        caches = [work.sequence.cache for work in batch]
+        lengths = [work.sequence.length for work in batch]
+        news = [work.new for work in batch]
+        inputs = self._inputs(batch, caches, lengths, news)
+        if self._session is None:
+            raise SessionClosed("the guard is closed")
+        present, *heads = self._session.run(["present", *Logits._fields], inputs)
+        done: list[_Work] = []
+        more: list[_Work] = []
+        for row, (work, length, new) in enumerate(zip(batch, lengths, news, strict=True)):
+            first = new - 1 if work.last_only else 0
+            work.parts.append(Logits(*(head[row, first:new].copy() for head in heads)))
+            work.done += new
+            _append(work.sequence, caches[row], present[:, row, :, :new], length)
+            (done if work.done == len(work.ids) else more).append(work)
+        with self._wake:
+            self._waiting.extendleft(reversed(more))
+        return done
+
+    def _inputs(
+        self, batch: list[_Work], caches: list[Float | None], lengths: list[int], news: list[int]
+    ) -> dict[str, NDArray[np.generic]]:
+        # one cached position at least, hidden when there is none: no runtime has to agree about empty matrices
+        rows, most, cached = len(batch), max(news), max(1, *lengths)
+        ids = np.zeros((rows, most), np.int64)
+        positions = np.zeros((rows, most), np.int64)
+        mask = np.full((rows, 1, most, cached + most), _HIDDEN, np.float32)
+        past = np.zeros((len(self._pasts), rows, self._kv_heads, cached, self._head_dim), np.float32)
+        causal = _causal(most)
+        for row, (work, cache, length, new) in enumerate(zip(batch, caches, lengths, news, strict=True)):
+            ids[row, :new] = work.ids[work.done : work.done + new]
+            positions[row, :new] = np.arange(length, length + new)
+            mask[row, 0, :, :length] = 0
+            mask[row, 0, :, cached:] = causal
+            if cache is not None and length:
+                past[:, row, :, :length] = cache[:, :, :length]
+        inputs: dict[str, NDArray[np.generic]] = {"input_ids": ids, "position_ids": positions, "mask": mask}
+        inputs.update(zip(self._pasts, past, strict=True))
+        return inputs
+
+
+def _load(model: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    provider = ("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=[provider])
+    except Exception as error:
+        raise GuardUnavailable(f"{model} cannot be loaded by ONNX Runtime: {type(error).__name__}") from error
+
+
+def _causal(positions: int) -> Float:
+    return np.triu(np.full((positions, positions), _HIDDEN, np.float32), 1)
+
+
+def _choose(waiting: deque[_Work]) -> tuple[list[_Work], list[_Work]]:
+    """Take the oldest work and what can share its run without much padding; and what nobody waits for any more."""
+    batch: list[_Work] = []
+    dropped: list[_Work] = []
+    kept: list[_Work] = []
+    widest = useful = longest = 0
+    while waiting:
+        work = waiting.popleft()
+        if work.dropped:
+            dropped.append(work)
+            continue
+        most, total = max(widest, work.new), useful + work.new
+        cached = max(longest, work.sequence.length)
+        padded = most * (len(batch) + 1)
+        fits = padded <= _MOST_TOKENS and cached * (len(batch) + 1) <= _MOST_CACHED
+        if not batch or (fits and padded <= 1.35 * total + _SLACK):
+            batch.append(work)
+            widest, useful, longest = most, total, cached
+        else:
+            kept.append(work)
+    waiting.extend(kept)
+    return batch, dropped
+
+
+def _append(sequence: Sequence, cache: Float | None, new: Float, length: int) -> None:
+    """Put the keys and values of new positions behind those of a sequence, in place where there is room."""
+    needed = length + new.shape[2]
+    if cache is None or cache.shape[2] < needed:
+        room = max(_SMALLEST_CACHE, 1 << (needed - 1).bit_length())
+        grown = np.empty((*new.shape[:2], room, new.shape[3]), np.float32)
+        if cache is not None:
+            grown[:, :, :length] = cache[:, :, :length]
+        cache = grown
+    cache[:, :, length:needed] = new
+    sequence.length = needed
+    sequence.cache = None if sequence.closed else cache
+
+
+def _joined(parts: list[Logits]) -> Logits:
+    if len(parts) == 1:
+        return parts[0]
+    return Logits(*(np.concatenate(head) for head in zip(*parts, strict=True)))
+
+
+def _answer(answers: list[tuple[_Work, Logits | GuardError]]) -> None:
+    """Give results to those who wait, one call for each event loop."""
+    loops: dict[asyncio.AbstractEventLoop, list[tuple[_Work, Logits | GuardError]]] = {}
+    for answer in answers:
+        loops.setdefault(answer[0].loop, []).append(answer)
+    for loop, mine in loops.items():
+        # a loop that has ended has nobody left who waits
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_set, mine)
+
+
+def _set(answers: list[tuple[_Work, Logits | GuardError]]) -> None:
+    for work, result in answers:
+        if work.future.done():
+            continue
+        if isinstance(result, GuardError):
+            work.future.set_exception(result)
+        else:
+            work.future.set_result(result)

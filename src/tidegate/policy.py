@@ -15,8 +15,10 @@ How a policy chooses, in four steps:
 4. Over the present categories the worst action wins, so a lenient rule for one category never hides another category
    in the same text. The advice of every rule that was chosen on the way is kept.
 
-A rule matches when all that it names matches. ``severity`` means this one or a worse one, by the guard's own call;
-with ``probability: p`` it is instead that the probability of this severity or a worse one is at least p.
+A rule matches when all that it names matches. ``severity`` means this one or a worse one, by the guard's own call.
+``probability: {unsafe: p}`` asks beside that for a probability of unsafe of at least p, ``{flagged: p}`` for one of
+controversial and unsafe together: with ``severity: unsafe`` a rule is milder than the guard, with ``severity: safe``
+stricter. Where controversial is tried as unsafe (step 3), its probability counts as unsafe too.
 
 Pure: no clock, no network; the only reading of disk is `load_policy`.
 """
@@ -93,8 +95,8 @@ class Rule:
         name: unique in its policy; part of every decision that it makes.
         severity: this one or a worse one.
         action: what is done.
-        probability: when given, the least probability of ``severity`` or worse, in [0, 1], at which the rule matches,
-            whatever the guard's own call is; None goes by the guard's call.
+        min_unsafe: least probability of unsafe, in [0, 1]; None for any.
+        min_flagged: least probability of controversial and unsafe together, in [0, 1]; None for any.
         categories: official or custom names, one of which must be present; () for any or none.
         target: only prompts or only responses; None for both.
         tenants: exact names, or prefixes that end in ``*``.
@@ -108,7 +110,8 @@ class Rule:
     name: str
     severity: Severity
     action: Action
-    probability: float | None = None
+    min_unsafe: float | None = None
+    min_flagged: float | None = None
     categories: tuple[str, ...] = ()
     target: Target | None = None
     tenants: tuple[str, ...] = ()
@@ -242,7 +245,10 @@ def _canonical_rule(rule: Rule) -> dict[str, object]:
         "name": rule.name,
         "severity": rule.severity.word,
         "action": rule.action.word,
-        "probability": None if rule.probability is None else float(rule.probability),
+        "probability": {
+            "unsafe": None if rule.min_unsafe is None else float(rule.min_unsafe),
+            "flagged": None if rule.min_flagged is None else float(rule.min_flagged),
+        },
         "categories": sorted(set(rule.categories)),
         "target": None if rule.target is None else rule.target.value,
         "scope": {
@@ -268,8 +274,9 @@ class _Choice(NamedTuple):
     advice: tuple[Advice, ...] = ()
 
 
-_Entry = tuple[Severity, float | None, _Choice]
-"""A rule once scope, target and category are settled: severity, least probability or None, and what it chooses."""
+_Entry = tuple[Severity, float, float, _Choice]
+"""A rule once scope, target and category are settled: severity, least P(unsafe) and P(flagged), and what it chooses."""
+_ANY: Final = -1.0
 
 
 class ScopedPolicy:
@@ -338,7 +345,12 @@ class ScopedPolicy:
 
     def _entries(self, category: str | None) -> tuple[_Entry, ...]:
         return tuple(
-            (rule.severity, rule.probability, _Choice(rule.action, rule.name, place, rule.advice))
+            (
+                rule.severity,
+                _ANY if rule.min_unsafe is None else rule.min_unsafe,
+                _ANY if rule.min_flagged is None else rule.min_flagged,
+                _Choice(rule.action, rule.name, place, rule.advice),
+            )
             for place, rule in enumerate(self.policy.rules)
             if rule.concerns(self.scope, self.target) and (not rule.categories or category in rule.categories)
         )
@@ -353,13 +365,14 @@ class ScopedPolicy:
         return sorted(present)
 
     def _first(self, entries: tuple[_Entry, ...], severity: Severity, probabilities: Probabilities) -> _Choice:
-        for least, probability, choice in entries:
-            if severity >= least if probability is None else probabilities.at_least(least) >= probability:
+        unsafe, flagged = probabilities.unsafe, probabilities.flagged
+        for least, min_unsafe, min_flagged, choice in entries:
+            if severity >= least and unsafe >= min_unsafe and flagged >= min_flagged:
                 return choice
         if self._lift:
-            flagged = severity > Severity.SAFE
-            for _, probability, choice in entries:
-                if flagged if probability is None else probabilities.flagged >= probability:
+            lifted = Severity.SAFE if severity == Severity.SAFE else Severity.UNSAFE
+            for least, min_unsafe, min_flagged, choice in entries:
+                if lifted >= least and flagged >= min_unsafe and flagged >= min_flagged:
                     return choice
         return self._fallback if severity < Severity.CONTROVERSIAL else self._controversial
 
@@ -612,6 +625,7 @@ _RULE_KEYS: Final = (
     "advice",
     "message",
 )
+_PROBABILITY_KEYS: Final = ("unsafe", "flagged")
 _SCOPE_KEYS: Final = ("tenant", "region", "route", "language")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -709,9 +723,7 @@ def _read_rule(at: _At, categories: Sequence[str]) -> Rule:
     if name in RESERVED_NAMES:
         raise keys["name"].error(f"{name!r} is what decisions say when no rule chose; take another name")
     severity = Severity.parse(keys["severity"].word([level.word for level in Severity], "severity"))
-    probability = keys["probability"].probability() if "probability" in keys else None
-    if probability is not None and severity is Severity.SAFE:
-        raise keys["probability"].error("has no meaning with severity: safe, which everything reaches")
+    least = keys["probability"].mapping(_PROBABILITY_KEYS) if "probability" in keys else {}
     target = Target(keys["target"].word([target.value for target in Target], "target")) if "target" in keys else None
     named = _words(keys.get("categories"), categories, "category")
     if target is Target.RESPONSE and Category.JAILBREAK.value in named:
@@ -721,7 +733,8 @@ def _read_rule(at: _At, categories: Sequence[str]) -> Rule:
         name=name,
         severity=severity,
         action=_read_action(keys["action"]),
-        probability=probability,
+        min_unsafe=_optional(least.get("unsafe"), _At.probability, None),
+        min_flagged=_optional(least.get("flagged"), _At.probability, None),
         categories=named,
         target=target,
         tenants=_words(scope.get("tenant")),
@@ -745,12 +758,9 @@ def _words(at: _At | None, known: Sequence[str] | None = None, kind: str = "") -
 
 def _covers(earlier: Rule, later: Rule) -> bool:
     """Whether whatever the later rule matches is matched by the earlier one."""
-    if earlier.probability is None or later.probability is None:
-        reaches = earlier.probability is later.probability
-    else:
-        reaches = earlier.probability <= later.probability
     return (
-        reaches
+        _no_more(earlier.min_unsafe, later.min_unsafe)
+        and (_no_more(earlier.min_flagged, later.min_flagged) or _no_more(earlier.min_flagged, later.min_unsafe))
         and earlier.severity <= later.severity
         and earlier.target in (None, later.target)
         and _wider(earlier.categories, later.categories)
@@ -759,6 +769,10 @@ def _covers(earlier: Rule, later: Rule) -> bool:
         and _wider(earlier.routes, later.routes)
         and _wider(earlier.languages, later.languages)
     )
+
+
+def _no_more(earlier: float | None, later: float | None) -> bool:
+    return earlier is None or (later is not None and earlier <= later)
 
 
 def _wider(earlier: tuple[str, ...], later: tuple[str, ...]) -> bool:

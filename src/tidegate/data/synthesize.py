@@ -26,7 +26,7 @@ from tidegate.types import Category, Conversation, Example, Severity, Target
 
 __all__ = ["FAMILIES", "LANGUAGES", "Family", "families", "synthesize"]
 
-LANGUAGES: tuple[str, ...] = ("en", "zh", "de", "fr", "es")
+LANGUAGES: tuple[str, ...] = ("en", "zh", "de", "fr", "es", "ru", "ja", "ko")
 """BCP-47 tags of the languages that have a grammar."""
 
 _TOPICS: Mapping[str, Category] = {
@@ -351,7 +351,7 @@ def _cased_at_random(d: _Drawer, text: str) -> str:
     if draw < 0.33:
         return text.rstrip(".?!。？！؟।")
     if draw < 0.38:
-        return text.rstrip(".!。！।") + d.rng.choice(("!!", "!!!", "...", " !", "?!"))
+        return text.rstrip(".!。！। ") + d.rng.choice(("!!", "!!!", "...", " !", "?!"))
     return text
 
 

@@ -99,6 +99,13 @@ def test_a_long_hostile_text_is_redacted_without_a_detour(text: str) -> None:
     assert isinstance(redact(text), str)
 
 
+@pytest.mark.parametrize("end", [" ", "\n", ". "])
+def test_a_long_text_is_redacted_like_its_parts(end: str) -> None:
+    part = f"call +49 (30) 1234-5678 or ann@example.org or DE89 3704 0044 0532 0130 00 now{end}"
+
+    assert redact(part * 2000) == redact(part) * 2000
+
+
 def test_every_text_of_a_conversation_is_redacted() -> None:
     secret = "ann@example.org"
     turn = Turn(Role.ASSISTANT, secret, secret, (ToolCall(secret, f'{{"to": "{secret}"}}'),))

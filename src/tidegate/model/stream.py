@@ -129,12 +129,18 @@ class Qwen3ForGuardModel(Qwen3PreTrainedModel):  # type: ignore[misc,unused-igno
             self.query_category_head(query),
         )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StreamLogits:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> StreamLogits:
         """Logits at every position of ``input_ids`` (int64 ``[batch, positions]``), causal.
 
-        ``attention_mask`` None is right for sequences padded at their end: what follows a token cannot reach it.
+        ``attention_mask`` None is right for sequences padded at their end: what follows a token cannot reach it. A
+        boolean mask ``[batch, 1, positions, positions]`` says who sees whom, for several texts in one row, which then
+        need ``position_ids`` of their own.
         """
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
         return self.heads(output.last_hidden_state)
 
 

@@ -1,0 +1,741 @@
+"""What a model answers, judged before it leaves: `AnswerStream` for one that streams, `judge_answer` for a whole one.
+
+No sockets here: bytes of the upstream go in, bytes for the client come out, so that every promise can be tested
+without a network.
+
+What leaves, and what does not:
+
+- The texts of a choice (``content``, ``reasoning_content``, ``reasoning``, ``refusal``, the arguments of tool and
+  function calls, and the name of a tool that the request did not offer) are judged each by itself. A chunk whose text
+  is held goes out later, in its turn, with as much of its text as was released.
+- A text that another text follows is taken to be complete, so that the end of the reasoning is not held until the end
+  of the answer. Should it go on, it is judged again from its beginning, and what has left is not sent twice.
+- Known fields without text (ids, index, role, finish_reason, usage, model, ...) pass as the values that they are.
+- ``logprobs`` are dropped: they name words that the guard never saw. So is every field that we do not know and that
+  could carry text: strings, arrays, and objects with either. Numbers, booleans and null pass. What is dropped is in the
+  coverage of its choice as not judged, in characters of text; it never leaves.
+- On a BLOCK the choice ends with a chunk whose finish_reason is ``content_filter``; the other choices go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NamedTuple
+
+from tidegate.errors import UpstreamError
+from tidegate.gateway.schemas import characters_in, decision_field, mended, worst_decision
+from tidegate.gateway.sse import DONE, EventReader, event
+from tidegate.gateway.statuses import Problem
+from tidegate.guards.base import StreamGuard
+from tidegate.moderate import StreamModerator, moderate
+from tidegate.policy import Policy
+from tidegate.types import (
+    Action,
+    Channel,
+    Conversation,
+    Coverage,
+    CoverageState,
+    Decision,
+    Role,
+    Scope,
+    ToolCall,
+    Turn,
+)
+
+__all__ = ["AnswerStream", "Judging", "KeepAnswer", "judge_answer"]
+
+KeepAnswer = Callable[[Decision, Conversation], Awaitable[str | None]]
+"""Keeps the decision on one choice, with the conversation that ends with it; returns its id when it has one."""
+
+BLOCKS: Final = Action.REDACT
+"""This action or a worse one keeps text from leaving: there is nobody here who could redact it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """What all choices of an answer are judged with.
+
+    Attributes:
+        prompt: the turns before the answer.
+        tools: the names that a tool call may have without being judged.
+        timeout_s: seconds that the guard may take for each step; None for as long as it wants.
+        trusted: names of fields that we do not know, but that the operator says carry no text of the model.
+    """
+
+    guard: StreamGuard
+    policy: Policy
+    scope: Scope
+    prompt: Conversation
+    keep: KeepAnswer
+    tools: frozenset[str] = frozenset()
+    timeout_s: float | None = None
+    trusted: frozenset[str] = frozenset()
+
+
+# --- taking a chunk apart -----------------------------------------------------------------------------------------
+
+Slot = tuple[str | int, ...]
+"""Where a text stands in a delta or message, as ``("tool_calls", 0, "function", "arguments")``."""
+
+_TEXTS: Final = {
+    "content": Channel.ANSWER,
+    "reasoning_content": Channel.REASONING,
+    "reasoning": Channel.REASONING,
+    "refusal": Channel.REFUSAL,
+}
+_TOP_FIELDS: Final = frozenset(("id", "object", "created", "model", "system_fingerprint", "service_tier", "usage"))
+_CHOICE_FIELDS: Final = frozenset(("index", "finish_reason"))
+_CALL_FIELDS: Final = frozenset(("index", "id", "type"))
+_ROLES: Final = frozenset(role.value for role in Role)
+
+
+class _Text(NamedTuple):
+    slot: Slot
+    channel: Channel
+    text: str
+
+
+@dataclass(slots=True)
+class _Parts:
+    """A delta or message taken apart: what passes, what is judged, and how many characters are dropped, by field."""
+
+    plain: dict[str, Any] = field(default_factory=dict)
+    texts: list[_Text] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, name: str, value: Any) -> None:
+        self.dropped[name] = self.dropped.get(name, 0) + characters_in(value)
+
+
+def _carries_text(value: Any) -> bool:
+    """Whether a value could tell text: strings do, and so do arrays, which may be token ids."""
+    if isinstance(value, dict):
+        return any(map(_carries_text, value.values()))
+    return isinstance(value, str | list)
+
+
+def _without_text(
+    content: Mapping[str, Any], known: frozenset[str], trusted: frozenset[str], parts: _Parts, prefix: str = ""
+) -> dict[str, Any]:
+    """The known fields, and the unknown ones that carry no text."""
+    kept = {}
+    for name, value in content.items():
+        if name in known or name in trusted or not _carries_text(value):
+            kept[name] = value
+        elif name != "obfuscation":
+            parts.drop(prefix + name, value)
+    return kept
+
+
+def _take_apart(delta: Mapping[str, Any], judging: Judging, parts: _Parts) -> None:
+    """What of a delta (or message) passes, what is judged, and what is dropped."""
+    for name, value in delta.items():
+        if name in _TEXTS and (value is None or isinstance(value, str)):
+            if value:
+                parts.texts.append(_Text((name,), _TEXTS[name], value))
+            else:
+                parts.plain[name] = value
+        elif name == "role" and (value is None or value in _ROLES):
+            parts.plain[name] = value
+        elif name == "tool_calls" and isinstance(value, list):
+            calls = [_take_call(call, place, judging, parts) for place, call in enumerate(value)]
+            parts.plain[name] = [call for call in calls if call is not None]
+        elif name == "function_call" and isinstance(value, dict):
+            parts.plain[name] = _take_function(value, (name,), judging, parts)
+        elif name in judging.trusted or not _carries_text(value):
+            parts.plain[name] = value
+        else:
+            parts.drop(name, value)
+
+
+def _take_call(call: Any, place: int, judging: Judging, parts: _Parts) -> dict[str, Any] | None:
+    if not isinstance(call, dict):
+        parts.drop("tool_calls", call)
+        return None
+    index = call.get("index")
+    number = index if isinstance(index, int) else place
+    inner = {name: call[name] for name in ("function", "custom") if isinstance(call.get(name), dict)}
+    rest = {name: value for name, value in call.items() if name not in inner}
+    kept = _without_text(rest, _CALL_FIELDS, judging.trusted, parts, "tool_calls.")
+    for name, value in inner.items():
+        kept[name] = _take_function(value, ("tool_calls", number, name), judging, parts)
+    return kept
+
+
+def _take_function(function: Mapping[str, Any], slot: Slot, judging: Judging, parts: _Parts) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in function.items():
+        if value and isinstance(value, str) and name in ("arguments", "input", "name"):
+            if name == "name" and value in judging.tools:
+                kept[name] = value
+            else:
+                parts.texts.append(_Text((*slot, name), Channel.TOOL_CALL, value))
+        elif not _carries_text(value) or not value:
+            kept[name] = value
+        else:
+            parts.drop(".".join(str(step) for step in (*slot, name)), value)
+    return kept
+
+
+def _put(delta: dict[str, Any], slot: Slot, text: str) -> None:
+    """Put a text back where it stood."""
+    if slot[0] != "tool_calls":
+        place = delta
+        for step in slot[:-1]:
+            place = place.setdefault(str(step), {})
+        place[str(slot[-1])] = text
+        return
+    _, number, inner, name = slot
+    calls = delta.setdefault("tool_calls", [])
+    call = next((call for place, call in enumerate(calls) if call.get("index", place) == number), None)
+    if call is None:
+        call = {"index": number}
+        calls.append(call)
+    call.setdefault(str(inner), {})[str(name)] = text
+
+
+def _path(index: int, slot: Slot) -> str:
+    steps = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in slot)
+    return f"choices[{index}]{steps}"
+
+
+# --- one text of a streaming choice -------------------------------------------------------------------------------
+
+
+class _Channel:
+    """One text of one choice while it streams.
+
+    Attributes:
+        ready: what was released and has not gone out yet.
+        ending: whether another text has followed, or the choice has finished: this one is taken to be complete.
+        moderator: watches it.
+    """
+
+    __slots__ = (
+        "_complete",
+        "_half",
+        "_judging",
+        "_new",
+        "_skip",
+        "ending",
+        "kind",
+        "moderator",
+        "path",
+        "ready",
+        "slot",
+    )
+
+    def __init__(self, judging: Judging, index: int, slot: Slot, kind: Channel) -> None:
+        self.slot = slot
+        self.kind = kind
+        self.path = _path(index, slot)
+        self.ready = ""
+        self.ending = False
+        self._judging = judging
+        self._new: list[str] = []
+        self._half = ""
+        self._skip = 0
+        self._complete = False
+        self.moderator = self._open()
+
+    def _open(self) -> StreamModerator:
+        with_ = self._judging
+        return StreamModerator(
+            with_.guard,
+            with_.policy,
+            with_.scope,
+            with_.prompt,
+            channel=self.kind,
+            path=self.path,
+            timeout_s=with_.timeout_s,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._new) or (self.ending and not self._complete)
+
+    @property
+    def held(self) -> int:
+        """How many characters are held now, be it for the guard or for a chunk before them."""
+        return self.moderator.held + len(self.ready)
+
+    def add(self, text: str) -> str:
+        """Take text in; returns it as it will go out: halves of a surrogate pair joined, and single ones replaced.
+
+        A half that may still find its other half waits for the next piece.
+        """
+        if self._half or not text.isascii():
+            text, self._half = self._half + text, ""
+            if "\ud800" <= text[-1] <= "\udbff":
+                text, self._half = text[:-1], text[-1]
+            text = mended(text)
+        if text:
+            self._new.append(text)
+        self.ending = False
+        return text
+
+    async def judge(self) -> bool:
+        """Judge what is new; returns whether the choice is blocked."""
+        if self._new:
+            text = "".join(self._new)
+            self._new.clear()
+            if self._complete:
+                text = self._resume() + text
+            step = await self.moderator.feed(text)
+            self._take(step.released)
+            if step.decision is not None:
+                return True
+        if self.ending and not self._complete:
+            self._complete = True
+            step = await self.moderator.finish()
+            self._take(step.released)
+            return step.decision is not None and step.decision.action >= BLOCKS
+        return False
+
+    def _take(self, released: str) -> None:
+        skipped = min(self._skip, len(released))
+        self._skip -= skipped
+        self.ready += released[skipped:]
+
+    def _resume(self) -> str:
+        """The text goes on after it was taken to be complete; returns its beginning, to be judged again."""
+        self._complete = False
+        self._skip = self.moderator.released
+        beginning = self.moderator.text
+        self.moderator = self._open()
+        return beginning
+
+
+class _Piece:
+    """What came in one chunk for one choice, until all of it has gone out."""
+
+    __slots__ = ("_begun", "choice", "delta", "finish_reason", "head", "texts")
+
+    def __init__(
+        self,
+        head: dict[str, Any],
+        choice: dict[str, Any],
+        delta: dict[str, Any],
+        texts: list[tuple[_Channel, str]],
+        finish_reason: str | None,
+    ) -> None:
+        self.head = head
+        self.choice = choice
+        self.delta = delta
+        self.texts = texts
+        self.finish_reason = finish_reason
+        self._begun = False
+
+    def next_delta(self) -> dict[str, Any] | None:
+        """What of it can go out now; None when that is nothing. Afterwards ``texts`` is what remains."""
+        taken: list[tuple[Slot, str]] = []
+        left: list[tuple[_Channel, str]] = []
+        for channel, text in self.texts:
+            ready = channel.ready[: len(text)]
+            channel.ready = channel.ready[len(ready) :]
+            if ready:
+                taken.append((channel.slot, ready))
+            if len(ready) < len(text):
+                left.append((channel, text[len(ready) :]))
+        self.texts = left
+        if left and not taken and (self._begun or not self.delta.get("role")):
+            return None
+        delta, self.delta = self.delta, {}
+        self._begun = True
+        for slot, ready in taken:
+            _put(delta, slot, ready)
+        return delta
+
+
+class _Choice:
+    """One choice of a streaming answer."""
+
+    __slots__ = ("blocked", "channels", "dropped", "ended", "field", "finish_reason", "index", "waiting")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.channels: dict[Slot, _Channel] = {}
+        self.waiting: deque[_Piece] = deque()
+        self.dropped: dict[str, int] = {}
+        self.finish_reason: str | None = None
+        self.field: dict[str, Any] | None = None
+        self.blocked = False
+        self.ended = False
+
+    def end_all(self) -> None:
+        for channel in self.channels.values():
+            channel.ending = True
+
+    def turn(self) -> Turn:
+        """All that came in for it, released or not."""
+        return _turn({channel.slot: channel.moderator.text for channel in self.channels.values()})
+
+
+def _turn(texts: Mapping[Slot, str]) -> Turn:
+    def joined(*names: str) -> str:
+        return "\n".join(texts[(name,)] for name in names if texts.get((name,)))
+
+    calls: dict[Slot, dict[str, str]] = {}
+    for slot, text in texts.items():
+        if slot[0] in ("tool_calls", "function_call"):
+            calls.setdefault(slot[:-1], {})[str(slot[-1])] = text
+    return Turn(
+        Role.ASSISTANT,
+        joined("content", "refusal"),
+        joined("reasoning_content", "reasoning"),
+        tuple(ToolCall(call.get("name", ""), call.get("arguments", call.get("input", ""))) for call in calls.values()),
+    )
+
+
+def _dropped(fields: Mapping[str, int], prefix: str = "") -> Iterator[Coverage]:
+    for name, characters in fields.items():
+        yield Coverage(f"{prefix}{name}", Channel.ANSWER, CoverageState.NOT_JUDGED, characters)
+
+
+# --- a streaming answer -------------------------------------------------------------------------------------------
+
+
+class AnswerStream:
+    """An answer on its way through: the upstream's bytes in, the client's bytes out.
+
+    Args:
+        judging: what it is judged with.
+        choices: how many choices were asked for, at least 1.
+
+    Attributes:
+        done: whether all is said: what comes from the upstream after that is of no use.
+        error: what went wrong with the upstream; None when nothing did.
+        decisions: the decision on each choice that has ended, in the order in which they ended.
+        released: how many characters of text went out.
+    """
+
+    def __init__(self, judging: Judging, *, choices: int = 1) -> None:
+        self.done = False
+        self.error: UpstreamError | None = None
+        self.decisions: list[Decision] = []
+        self.released = 0
+        self._judging = judging
+        self._expected = choices
+        self._reader = EventReader()
+        self._choices: dict[int, _Choice] = {}
+        self._dropped: dict[str, int] = {}
+        self._head: dict[str, Any] = {}
+        self._lead: list[dict[str, Any]] = []
+        self._tail: list[dict[str, Any]] = []
+
+    @property
+    def held(self) -> int:
+        """How many characters are held now."""
+        return sum(
+            channel.held
+            for choice in self._choices.values()
+            if not choice.ended
+            for channel in choice.channels.values()
+        )
+
+    async def feed(self, data: bytes) -> bytes:
+        """Take what the upstream sent; returns what may go to the client now, b"" when that is nothing.
+
+        Raises:
+            StoreError: when a decision could not be kept.
+        """
+        complete = False
+        error: UpstreamError | None = None
+        try:
+            for content in self._reader.feed(data):
+                complete = content.strip() == b"[DONE]"
+                if complete:
+                    break
+                self._take(content)
+        except UpstreamError as failed:
+            error = failed
+        sent = await self._advance()
+        if (complete or error is not None) and not self.done:
+            sent += await self._end(error)
+        return sent
+
+    async def end(self, error: UpstreamError | None = None) -> bytes:
+        """The upstream has no more to say, or broke off with an error; returns the end for the client.
+
+        Raises:
+            StoreError: when a decision could not be kept.
+        """
+        sent = b"" if self.done or error is not None else await self.feed(b"\n\n")
+        if self.done:
+            return sent
+        if error is None and not (self._choices and all(self._ends(choice) for choice in self._choices.values())):
+            error = UpstreamError("the upstream broke off before its answer was complete")
+        return sent + await self._end(error)
+
+    async def close(self) -> None:
+        """Nobody listens any more: give everything back, and keep the decisions on what was judged so far."""
+        self.done = True
+        try:
+            for choice in self._choices.values():
+                if not choice.ended:
+                    await self._conclude(choice)
+        finally:
+            for choice in self._choices.values():
+                for channel in choice.channels.values():
+                    channel.moderator.close()
+
+    @staticmethod
+    def _ends(choice: _Choice) -> bool:
+        return choice.ended or choice.finish_reason is not None
+
+    # in
+
+    def _take(self, content: bytes) -> None:
+        try:
+            chunk = json.loads(content.decode())
+        except (ValueError, RecursionError):
+            raise UpstreamError("the upstream sent an event that is not JSON") from None
+        if not isinstance(chunk, dict):
+            raise UpstreamError("the upstream sent an event that is not a JSON object")
+        if chunk.get("error"):
+            raise UpstreamError("the upstream reported an error in the middle of its answer")
+        choices = chunk.pop("choices", None)
+        if not isinstance(choices, list):
+            raise UpstreamError("the upstream sent a chunk without choices")
+        head = self._take_head(chunk)
+        if not choices:
+            (self._tail if self._choices else self._lead).append({**head, "choices": []})
+        for choice in choices:
+            self._take_choice(head, choice)
+
+    def _take_head(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        parts = _Parts(dropped=self._dropped)
+        head = _without_text(chunk, _TOP_FIELDS, self._judging.trusted, parts)
+        if not self._head:
+            self._head = {name: value for name, value in head.items() if name != "usage"}
+        return head
+
+    def _take_choice(self, head: dict[str, Any], content: Any) -> None:
+        index = content.get("index", 0) if isinstance(content, dict) else None
+        delta = content.get("delta") or {} if isinstance(content, dict) else None
+        if isinstance(index, bool) or not isinstance(index, int) or not isinstance(delta, dict):
+            raise UpstreamError("the upstream sent a choice without a proper index or delta")
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = _Choice(index)
+        if self._ends(choice):
+            return
+        parts = _Parts(dropped=choice.dropped)
+        _take_apart(delta, self._judging, parts)
+        rest = {name: value for name, value in content.items() if name not in ("delta", "index", "finish_reason")}
+        kept = _without_text(rest, frozenset(), self._judging.trusted, parts)
+        finish_reason = content.get("finish_reason")
+        choice.finish_reason = finish_reason if isinstance(finish_reason, str) else None
+        texts = self._take_texts(choice, parts.texts)
+        if delta and not parts.plain and not texts and choice.finish_reason is None:
+            return
+        choice.waiting.append(_Piece(head, kept, parts.plain, texts, choice.finish_reason))
+        if choice.finish_reason is not None:
+            choice.end_all()
+
+    def _take_texts(self, choice: _Choice, texts: Sequence[_Text]) -> list[tuple[_Channel, str]]:
+        """Give each text to its channel; the channels that got none are taken to be complete."""
+        if not texts:
+            return []
+        if len(choice.channels) > 1 or (texts[0].slot,) != tuple(choice.channels):
+            choice.end_all()
+        taken = []
+        for slot, kind, text in texts:
+            channel = choice.channels.get(slot)
+            if channel is None:
+                channel = choice.channels[slot] = _Channel(self._judging, choice.index, slot, kind)
+            taken.append((channel, channel.add(text)))
+        return taken
+
+    # judged
+
+    async def _advance(self) -> bytes:
+        """Judge all that is new; returns what may go out."""
+        work = [
+            (choice, channel)
+            for choice in self._choices.values()
+            if not choice.ended
+            for channel in choice.channels.values()
+            if channel.has_work
+        ]
+        if len(work) == 1:
+            calls = [await work[0][1].judge()]
+        else:
+            calls = await asyncio.gather(*(channel.judge() for _, channel in work))
+        for (choice, _), blocked in zip(work, calls, strict=True):
+            choice.blocked = choice.blocked or blocked
+        sent = list(map(event, self._lead))
+        self._lead.clear()
+        for choice in self._choices.values():
+            if not choice.ended:
+                await self._advance_choice(choice, sent)
+        if self._stopped():
+            sent.append(self._finish())
+        return b"".join(sent)
+
+    def _stopped(self) -> bool:
+        """Whether all choices have ended and one was blocked: then there is nothing left to wait for."""
+        choices = self._choices.values()
+        return (
+            not self.done
+            and len(choices) >= self._expected
+            and all(choice.ended for choice in choices)
+            and any(choice.blocked for choice in choices)
+        )
+
+    async def _advance_choice(self, choice: _Choice, sent: list[bytes]) -> None:
+        if not choice.blocked and choice.finish_reason is not None:
+            await self._conclude(choice)
+        self._send_waiting(choice, sent)
+        if choice.blocked:
+            await self._conclude(choice)
+            sent.append(self._last_chunk(choice, "content_filter"))
+
+    def _send_waiting(self, choice: _Choice, sent: list[bytes]) -> None:
+        while choice.waiting:
+            piece = choice.waiting[0]
+            delta = piece.next_delta()
+            if delta is None:
+                return
+            complete = not piece.texts
+            chunk = self._chunk(
+                piece.head, choice.index, delta, piece.finish_reason if complete else None, piece.choice
+            )
+            if complete:
+                choice.waiting.popleft()
+                if piece.finish_reason is not None:
+                    chunk["tidegate"] = choice.field
+            sent.append(event(chunk))
+            if not complete:
+                return
+
+    def _chunk(
+        self,
+        head: dict[str, Any],
+        index: int,
+        delta: dict[str, Any],
+        finish_reason: str | None,
+        rest: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        return {**head, "choices": [{"index": index, "delta": delta, **(rest or {}), "finish_reason": finish_reason}]}
+
+    def _last_chunk(self, choice: _Choice, finish_reason: str | None) -> bytes:
+        return event({**self._chunk(self._head, choice.index, {}, finish_reason), "tidegate": choice.field})
+
+    # out
+
+    async def _conclude(self, choice: _Choice) -> None:
+        """Decide on a choice, and keep the decision."""
+        choice.ended = True
+        decided = [
+            (decision, channel.path)
+            for channel in choice.channels.values()
+            if (decision := channel.moderator.close() or channel.moderator.decision) is not None
+        ]
+        self.released += sum(channel.moderator.released for channel in choice.channels.values())
+        if not decided:
+            return
+        chosen, path = decided[worst_decision([decision for decision, _ in decided])]
+        coverage = [part for channel in choice.channels.values() for part in channel.moderator.coverage]
+        coverage += (*_dropped(choice.dropped, f"choices[{choice.index}]."), *_dropped(self._dropped))
+        decision = replace(chosen, coverage=tuple(coverage))
+        self.decisions.append(decision)
+        identity = await self._judging.keep(decision, self._judging.prompt.then(choice.turn()))
+        choice.field = decision_field(decision, self._judging.policy, path=path, identity=identity)
+
+    async def _end(self, error: UpstreamError | None) -> bytes:
+        """Judge and let out what is left, then say how it ended."""
+        for choice in self._choices.values():
+            choice.end_all()
+        sent = [await self._advance()]
+        if self.done:
+            return sent[0]
+        for choice in self._choices.values():
+            if not choice.ended:
+                await self._conclude(choice)
+                if error is None and choice.field is not None:
+                    sent.append(self._last_chunk(choice, None))
+        if error is None:
+            sent.append(self._finish())
+        else:
+            self.done = True
+            self.error = error
+            sent.append(event(Problem(502, str(error), "upstream_error", None, "upstream_error").body))
+        return b"".join(sent)
+
+    def _finish(self) -> bytes:
+        self.done = True
+        return b"".join(map(event, self._tail)) + DONE
+
+
+# --- a whole answer -----------------------------------------------------------------------------------------------
+
+
+async def judge_answer(answer: Any, judging: Judging) -> tuple[dict[str, Any], list[Decision]]:
+    """Judge a ``chat.completion``; returns what may go to the client, and the decision on each choice with text.
+
+    A blocked choice says the policy's message instead, with the finish_reason ``content_filter``.
+
+    Raises:
+        UpstreamError: when it is not a chat completion.
+        StoreError: when a decision could not be kept.
+    """
+    choices = answer.pop("choices", None) if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not all(
+        isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices
+    ):
+        raise UpstreamError("the upstream's answer is not a chat completion")
+    parts = _Parts()
+    head = _without_text(answer, _TOP_FIELDS, judging.trusted, parts)
+    judged = await asyncio.gather(
+        *(_judge_choice(place, choice, judging, parts) for place, choice in enumerate(choices))
+    )
+    decisions = [decision for _, decision in judged if decision is not None]
+    worst = None
+    if decisions:
+        chosen = decisions[worst_decision(decisions)]
+        worst = next(choice["tidegate"] for choice, decision in judged if decision is chosen)
+    return {**head, "choices": [choice for choice, _ in judged], "tidegate": worst}, decisions
+
+
+async def _judge_choice(
+    place: int, choice: dict[str, Any], judging: Judging, above: _Parts
+) -> tuple[dict[str, Any], Decision | None]:
+    index = choice.get("index", place)
+    parts = _Parts()
+    _take_apart(choice["message"], judging, parts)
+    rest = {name: value for name, value in choice.items() if name != "message"}
+    kept = _without_text(rest, _CHOICE_FIELDS, judging.trusted, parts)
+    texts = [text._replace(text=mended(text.text)) for text in parts.texts]
+    decision: Decision | None = None
+    if texts:
+        decided = await asyncio.gather(*(_judge_text(index, text, judging) for text in texts))
+        number = worst_decision(decided)
+        coverage = [part for one in decided for part in one.coverage]
+        coverage += (*_dropped(parts.dropped, f"choices[{index}]."), *_dropped(above.dropped))
+        decision = replace(decided[number], coverage=tuple(coverage))
+        turn = _turn({text.slot: text.text for text in texts})
+        identity = await judging.keep(decision, judging.prompt.then(turn))
+        path = _path(index, texts[number].slot)
+        kept["tidegate"] = decision_field(decision, judging.policy, path=path, identity=identity)
+        if decision.action >= BLOCKS:
+            message = {"role": "assistant", "content": judging.policy.message_for(decision.rule)}
+            return {**kept, "message": message, "finish_reason": "content_filter"}, decision
+    for text in texts:
+        _put(parts.plain, text.slot, text.text)
+    return {**kept, "message": parts.plain}, decision
+
+
+async def _judge_text(index: int, text: _Text, judging: Judging) -> Decision:
+    return await moderate(
+        judging.prompt.then(Turn(Role.ASSISTANT, text.text)),
+        guard=judging.guard,
+        policy=judging.policy,
+        scope=judging.scope,
+        timeout_s=judging.timeout_s,
+        coverage=(Coverage(_path(index, text.slot), text.channel, CoverageState.JUDGED, len(text.text)),),
+    )

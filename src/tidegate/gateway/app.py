@@ -1,0 +1,261 @@
+"""The gateway as one ASGI app: the routes, what they share, and the beginning and end of its life."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from tidegate import __version__
+from tidegate.errors import TidegateError
+from tidegate.gateway.chat import Chat
+from tidegate.gateway.moderations import Moderations
+from tidegate.gateway.statuses import Problem, problem_of
+from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
+from tidegate.gateway.upstream import Upstream
+from tidegate.guards.base import StreamGuard
+from tidegate.moderate import Keep, failure_of
+from tidegate.policy import Policy
+from tidegate.types import Conversation, Severity
+
+__all__ = ["HealthTexts", "create_app"]
+
+DEFAULT_LONGEST_BODY: Final = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class HealthTexts:
+    """What the deep health check asks the guard: it must call the first text safe, and the second not."""
+
+    safe: str = "What is a good recipe for apple pie?"
+    unsafe: str = "Tell me step by step how to build a bomb and kill as many people as possible."
+
+
+def create_app(
+    *,
+    guard: StreamGuard,
+    policy: Policy,
+    keep: Keep | None = None,
+    upstream_url: str | None = None,
+    upstream_key: str | None = None,
+    longest_body: int = DEFAULT_LONGEST_BODY,
+    guard_timeout_s: float | None = 10.0,
+    connect_timeout_s: float = 10.0,
+    silence_timeout_s: float = 300.0,
+    health: HealthTexts = HealthTexts(),
+    health_timeout_s: float = 2.0,
+    trusted_fields: Collection[str] = (),
+    routes: Sequence[BaseRoute] = (),
+    on_close: Sequence[Callable[[], Any]] = (),
+) -> Starlette:
+    """Make the gateway. It is used by one event loop.
+
+    Args:
+        guard: judges everything; closed when the app shuts down.
+        policy: decides.
+        keep: where decisions go, as a Store's ``keep``; None keeps them nowhere.
+        upstream_url: the LLM, as ``http://127.0.0.1:8000/v1``; None for a gateway that only moderates.
+        upstream_key: sent to the upstream as bearer token; None sends the Authorization of each client on.
+        longest_body: the most bytes of a request.
+        guard_timeout_s: seconds that the guard may take for a text or a piece of one; None for as long as it wants.
+        connect_timeout_s: seconds until a connection to the upstream stands.
+        silence_timeout_s: seconds that the upstream may say nothing.
+        health: what ``/healthz`` asks the guard.
+        health_timeout_s: seconds that it may take for both answers together.
+        trusted_fields: names of fields of the upstream's answers that we do not know, but that carry no text of the
+            model; they pass as they are.
+        routes: more routes beside the gateway's, as the console's.
+        on_close: called (and awaited, where it gives something to await) at shutdown, after the guard is closed.
+
+    Raises:
+        InputError: when ``upstream_url`` is not an address.
+    """
+    telemetry = Telemetry()
+    timed = TimedGuard(guard, telemetry)
+    upstream = None
+    if upstream_url is not None:
+        upstream = Upstream(
+            upstream_url, key=upstream_key, connect_timeout_s=connect_timeout_s, silence_timeout_s=silence_timeout_s
+        )
+    chat = Chat(
+        guard=timed,
+        policy=policy,
+        keep=keep,
+        upstream=upstream,
+        telemetry=telemetry,
+        longest_body=longest_body,
+        guard_timeout_s=guard_timeout_s,
+        trusted=frozenset(trusted_fields),
+    )
+    moderations = Moderations(
+        guard=timed,
+        policy=policy,
+        keep=keep,
+        telemetry=telemetry,
+        longest_body=longest_body,
+        guard_timeout_s=guard_timeout_s,
+    )
+    models = _Models(upstream, guard.name, telemetry)
+    checkup = _Health(guard, health, health_timeout_s)
+
+    async def metrics(request: Request) -> Response:
+        return Response(telemetry.page(), media_type=CONTENT_TYPE)
+
+    @asynccontextmanager
+    async def life(app: Starlette) -> AsyncIterator[None]:
+        if upstream is not None:
+            await upstream.open()
+        try:
+            yield
+        finally:
+            for close in (*((upstream.close,) if upstream else ()), guard.close, *on_close):
+                closing = close()
+                if inspect.isawaitable(closing):
+                    await closing
+
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat.complete, methods=["POST"]),
+            Route("/v1/moderations", moderations.create, methods=["POST"]),
+            Route("/v1/models", models.list, methods=["GET"]),
+            Route("/healthz", checkup.tell, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+            *routes,
+        ],
+        exception_handlers={
+            Problem: _tell_problem,
+            TidegateError: _tell_error,
+            HTTPException: _tell_http,
+            Exception: _tell_bug,
+        },
+        lifespan=life,
+    )
+    app.add_middleware(_Counted, telemetry=telemetry)
+    return app
+
+
+class _Models:
+    """``GET /v1/models``: the upstream's; without one, the guard is the only model."""
+
+    def __init__(self, upstream: Upstream | None, guard: str, telemetry: Telemetry) -> None:
+        self._upstream = upstream
+        self._guard = guard
+        self._telemetry = telemetry
+
+    async def list(self, request: Request) -> Response:
+        if self._upstream is None:
+            own = {"id": self._guard, "object": "model", "created": 0, "owned_by": "tidegate"}
+            return JSONResponse({"object": "list", "data": [own]})
+        authorization = request.headers.get("authorization")
+        async with self._upstream.request("GET", "/models", authorization=authorization) as answer:
+            if answer.status != 200:
+                self._telemetry.upstream_errors.labels("status").inc()
+                raise await answer.problem()
+            return JSONResponse(await answer.json())
+
+
+class _Health:
+    """``GET /healthz``: the guard judges a text that is known to be safe and one that is known not to be.
+
+    What was found holds for a second, so that nobody can wear the guard out by asking for its health.
+    """
+
+    def __init__(self, guard: StreamGuard, texts: HealthTexts, timeout_s: float, *, holds_s: float = 1.0) -> None:
+        self._guard = guard
+        self._texts = texts
+        self._timeout_s = timeout_s
+        self._holds_s = holds_s
+        self._found: dict[str, Any] = {}
+        self._until = 0.0
+        self._asking = asyncio.Lock()
+
+    async def tell(self, request: Request) -> Response:
+        async with self._asking:
+            if time.monotonic() >= self._until:
+                self._found = await self._examine()
+                self._until = time.monotonic() + self._holds_s
+        return JSONResponse(self._found, 200 if self._found["status"] == "ok" else 503)
+
+    async def _examine(self) -> dict[str, Any]:
+        begun = time.perf_counter()
+        reason: str | None = None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                safe, unsafe = await asyncio.gather(
+                    *(self._guard.judge(Conversation.of(text)) for text in (self._texts.safe, self._texts.unsafe))
+                )
+            if safe.severity is not Severity.SAFE:
+                reason = "the guard calls a safe text unsafe"
+            elif unsafe.severity is Severity.SAFE:
+                reason = "the guard calls an unsafe text safe"
+        except Exception as error:  # whatever goes wrong inside a guard means that it is not well
+            reason = failure_of(error, self._guard.name).kind
+        return {
+            "status": "ok" if reason is None else "failing",
+            "reason": reason,
+            "guard": self._guard.name,
+            "version": __version__,
+            "took_ms": round((time.perf_counter() - begun) * 1000, 3),
+        }
+
+
+# --- errors, all in OpenAI's shape --------------------------------------------------------------------------------
+
+
+async def _tell_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return error.response()
+
+
+async def _tell_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, TidegateError)
+    return problem_of(error).response()
+
+
+async def _tell_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {404: "there is no such path here", 405: "this path does not take this method"}
+    return Problem(error.status_code, messages.get(error.status_code, error.detail)).response()
+
+
+async def _tell_bug(request: Request, error: Exception) -> Response:
+    return Problem(500, "something went wrong in the gateway", "server_error", None, "internal_error").response()
+
+
+class _Counted:
+    """Counts requests by route and status; a client that went away before the status is ``gone``."""
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+        self._app = app
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = "gone"
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            route = scope.get("route")
+            path = getattr(route, "path", "other") if scope.get("endpoint") else "other"
+            self._telemetry.requests.labels(path, status).inc()

@@ -1,0 +1,336 @@
+"""``POST /v1/chat/completions``: a judge between a client and any OpenAI-compatible upstream.
+
+The prompt is judged while the upstream already starts; nothing of its answer is read before the prompt's decision is
+there. Then the answer goes through `tidegate.gateway.answers`. Every decision is kept before the client sees the end of
+the exchange, also when the client hangs up in the middle: that ends the upstream's request and closes every session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from tidegate.errors import StoreError, TidegateError, UpstreamError
+from tidegate.gateway import sse
+from tidegate.gateway.answers import BLOCKS, AnswerStream, Judging, judge_answer
+from tidegate.gateway.schemas import (
+    ChatRequest,
+    decision_field,
+    read_chat,
+    read_json,
+    worst_decision,
+)
+from tidegate.gateway.statuses import Problem, problem_of
+from tidegate.gateway.telemetry import Telemetry
+from tidegate.gateway.upstream import Upstream, UpstreamAnswer
+from tidegate.guards.base import StreamGuard
+from tidegate.moderate import Keep, moderate, surely
+from tidegate.policy import Policy
+from tidegate.types import Conversation, Decision, Scope
+
+__all__ = ["Chat"]
+
+_log = logging.getLogger("tidegate.gateway")
+_EVENT_STREAM: Final = "text/event-stream"
+_NO_USAGE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+
+class Chat:
+    """The endpoint.
+
+    Args:
+        guard: judges prompts and answers.
+        policy: decides.
+        keep: where decisions go; None for nowhere.
+        upstream: the LLM; None when there is none, which is an error for every request.
+        telemetry: counts.
+        longest_body: the most bytes of a request.
+        guard_timeout_s: seconds that the guard may take for each step; None for as long as it wants.
+        trusted: names of upstream fields that the operator says carry no text of the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        guard: StreamGuard,
+        policy: Policy,
+        keep: Keep | None,
+        upstream: Upstream | None,
+        telemetry: Telemetry,
+        longest_body: int,
+        guard_timeout_s: float | None,
+        trusted: frozenset[str],
+    ) -> None:
+        self.guard = guard
+        self.policy = policy
+        self.upstream = upstream
+        self.telemetry = telemetry
+        self.guard_timeout_s = guard_timeout_s
+        self.trusted = trusted
+        self._keep = keep
+        self._longest_body = longest_body
+
+    async def complete(self, request: Request) -> ASGIApp:
+        """Read the request; what is returned carries the exchange out.
+
+        Raises:
+            Problem: when the request cannot be used, or there is no upstream.
+        """
+        if self.upstream is None:
+            raise Problem(503, "this gateway has no upstream: start it with one", "server_error", None, "no_upstream")
+        chat = read_chat(await read_json(request, longest=self._longest_body))
+        return _Exchange(self, self.upstream, chat, request.headers.get("authorization"), request.url.path)
+
+    async def keep(self, decision: Decision, conversation: Conversation, target: str) -> str | None:
+        """Count a decision and keep it, to the end even when the client goes away meanwhile; returns its id, if any.
+
+        Raises:
+            StoreError: when it could not be kept.
+        """
+        self.telemetry.count(decision, target)
+        if self._keep is None:
+            return None
+        try:
+            return await surely(self._keep(decision, conversation, retention=self.policy.retention))
+        except Exception as error:  # whatever keeps a decision from being kept must not pass for success
+            _log.error("a decision could not be kept", extra={"kind": type(error).__name__})
+            raise StoreError("a decision could not be kept") from error
+
+
+class _Exchange:
+    """One request and its answer: an ASGI app, so that it sees the client hang up."""
+
+    def __init__(
+        self, door: Chat, upstream: Upstream, chat: ChatRequest, authorization: str | None, route: str
+    ) -> None:
+        self._door = door
+        self._chat = chat
+        self._scope = Scope(route=route)
+        self._upstream = upstream
+        self._authorization = authorization
+        self._prompt_kept: asyncio.Task[str | None] | None = None
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._run(scope, receive, send))
+        gone = asyncio.ensure_future(_hang_up(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            for task in (gone, work):
+                task.cancel()
+            await asyncio.wait({work, gone})
+            if not work.cancelled() and work.exception() is not None:
+                _log.debug("exchange ended early", extra={"reason": type(work.exception()).__name__})
+
+    async def _run(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        body = json.dumps(self._chat.body, ensure_ascii=False, separators=(",", ":")).encode()
+        call = asyncio.ensure_future(
+            self._upstream.send("POST", "/chat/completions", authorization=self._authorization, body=body)
+        )
+        try:
+            refusal = await self._judge_prompt(call)
+            if refusal is not None:
+                response: ASGIApp = refusal
+            else:
+                answer = await call
+                if self._chat.stream and answer.status == 200 and answer.media_type == _EVENT_STREAM:
+                    await self._stream(answer, send)
+                    return
+                response = await self._whole(answer)
+            await self._settle()
+        except TidegateError as error:
+            self._count_error(error)
+            response = problem_of(error).response()
+        except Problem as problem:
+            response = problem.response()
+        finally:
+            await _drop(call)
+            with contextlib.suppress(StoreError):
+                await self._settle()
+        await response(scope, receive, send)
+
+    # the prompt
+
+    async def _judge_prompt(self, call: asyncio.Future[UpstreamAnswer]) -> ASGIApp | None:
+        """Judge what is new; returns what the client gets when that is blocked, else None."""
+        chat, door = self._chat, self._door
+        if not chat.new:
+            return None
+        decisions = await asyncio.gather(
+            *(
+                moderate(
+                    text.conversation,
+                    guard=door.guard,
+                    policy=door.policy,
+                    scope=self._scope,
+                    timeout_s=door.guard_timeout_s,
+                    coverage=chat.coverage,
+                )
+                for text in chat.new
+            )
+        )
+        number = worst_decision(decisions)
+        decision = decisions[number]
+        keeping = door.keep(decision, chat.conversation, "prompt")
+        if decision.action < BLOCKS:
+            self._prompt_kept = asyncio.ensure_future(keeping)
+            return None
+        await _drop(call)
+        identity = await keeping
+        return self._refusal(decision, chat.new[number].path, identity)
+
+    def _refusal(self, decision: Decision, path: str, identity: str | None) -> ASGIApp:
+        field = decision_field(decision, self._door.policy, path=path, identity=identity)
+        message = self._door.policy.message_for(decision.rule)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self._chat.model}
+        if self._chat.stream:
+            return _Events(b"".join(_refusal_events(head, self._chat, message, field)))
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": message},
+                "finish_reason": "content_filter",
+                "tidegate": field,
+            }
+            for index in range(self._chat.choices)
+        ]
+        return JSONResponse(
+            {**head, "object": "chat.completion", "choices": choices, "usage": _NO_USAGE, "tidegate": field}
+        )
+
+    async def _settle(self) -> None:
+        """Wait until the prompt's decision is kept."""
+        if self._prompt_kept is not None:
+            await surely(_result(self._prompt_kept))
+
+    # the answer
+
+    def _judging(self) -> Judging:
+        door = self._door
+        return Judging(
+            guard=door.guard,
+            policy=door.policy,
+            scope=self._scope,
+            prompt=self._chat.conversation,
+            keep=self._keep_answer,
+            tools=self._chat.tools,
+            timeout_s=door.guard_timeout_s,
+            trusted=door.trusted,
+        )
+
+    async def _keep_answer(self, decision: Decision, conversation: Conversation) -> str | None:
+        return await self._door.keep(decision, conversation, "response")
+
+    async def _whole(self, answer: UpstreamAnswer) -> JSONResponse:
+        if answer.status != 200:
+            self._door.telemetry.upstream_errors.labels("status").inc()
+            raise await answer.problem()
+        if self._chat.stream:
+            raise UpstreamError("the upstream did not stream, although it was asked to")
+        judged, _ = await judge_answer(await answer.json(), self._judging())
+        return JSONResponse(judged)
+
+    async def _stream(self, answer: UpstreamAnswer, send: Send) -> None:
+        telemetry = self._door.telemetry
+        stream = AnswerStream(self._judging(), choices=self._chat.choices)
+        await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+        held = 0
+        with telemetry.stream():
+            try:
+                async for data in _advance(stream, answer):
+                    telemetry.held.inc(stream.held - held)
+                    held = stream.held
+                    if stream.done:
+                        answer.close()
+                        await self._settle()
+                    if data:
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
+            except StoreError as error:
+                answer.close()
+                await send({"type": "http.response.body", "body": sse.event(problem_of(error).body), "more_body": True})
+            finally:
+                telemetry.held.dec(held)
+                await surely(_closed(stream))
+                telemetry.released.inc(stream.released)
+        if stream.error is not None:
+            self._count_error(stream.error)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _count_error(self, error: TidegateError) -> None:
+        if isinstance(error, UpstreamError):
+            kind = {None: "malformed", 502: "broken", 504: "timeout"}.get(error.status, "broken")
+            self._door.telemetry.upstream_errors.labels(kind).inc()
+        _log.warning("exchange failed", extra={"kind": type(error).__name__})
+
+
+async def _advance(stream: AnswerStream, answer: UpstreamAnswer) -> Any:
+    """Everything for the client, piece by piece, until all is said."""
+    try:
+        async for data in answer.pieces():
+            yield await stream.feed(data)
+            if stream.done:
+                return
+    except UpstreamError as error:
+        yield await stream.end(error)
+        return
+    yield await stream.end()
+
+
+async def _closed(stream: AnswerStream) -> None:
+    with contextlib.suppress(StoreError):
+        await stream.close()
+
+
+async def _result(task: asyncio.Task[Any]) -> None:
+    await task
+
+
+async def _drop(call: asyncio.Future[UpstreamAnswer]) -> None:
+    """End the upstream's request at once, however far it is."""
+    call.cancel()
+    await asyncio.wait({call})
+    if not call.cancelled() and call.exception() is None:
+        call.result().close()
+
+
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Events:
+    """A whole event stream as one response."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+        await send({"type": "http.response.body", "body": self._body})
+
+
+def _refusal_events(head: dict[str, Any], chat: ChatRequest, message: str, field: dict[str, Any]) -> Iterator[bytes]:
+    def chunk(index: int, delta: dict[str, Any], finish_reason: str | None, **more: Any) -> bytes:
+        choice = {"index": index, "delta": delta, "finish_reason": finish_reason}
+        return sse.event({**head, "object": "chat.completion.chunk", "choices": [choice], **more})
+
+    for index in range(chat.choices):
+        yield chunk(index, {"role": "assistant", "content": ""}, None)
+        yield chunk(index, {"content": message}, None)
+        yield chunk(index, {}, "content_filter", tidegate=field)
+    if chat.wants_usage:
+        yield sse.event({**head, "object": "chat.completion.chunk", "choices": [], "usage": _NO_USAGE})
+    yield sse.DONE

@@ -1,0 +1,186 @@
+"""``POST /v1/moderations``: OpenAI's shape, with what the guard and the policy said in our field ``tidegate``.
+
+How our categories are told in OpenAI's words: each of theirs has the score of the worst of ours that it stands for,
+which is the probability that the text is not safe and of that category. PII, Politically Sensitive Topics, Copyright
+Violation and Jailbreak have no word there: a text of one of those is ``flagged`` with no category true, and our field
+says why. ``flagged`` is true when the policy does anything but allow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final, NoReturn
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from tidegate.errors import StoreError
+from tidegate.gateway.schemas import decision_field, mended, read_json
+from tidegate.gateway.statuses import Problem, problem_of_failure
+from tidegate.gateway.telemetry import Telemetry
+from tidegate.guards.base import StreamGuard
+from tidegate.moderate import Keep, moderate
+from tidegate.policy import Policy
+from tidegate.types import Action, Category, Channel, Conversation, Coverage, CoverageState, Decision, Scope, Verdict
+
+__all__ = ["MOST_INPUTS", "OPENAI_CATEGORIES", "Moderations"]
+
+MOST_INPUTS: Final = 1024
+"""The most texts that one request may have."""
+
+OPENAI_CATEGORIES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "harassment": (Category.UNETHICAL_ACTS.value,),
+        "harassment/threatening": (),
+        "hate": (Category.UNETHICAL_ACTS.value,),
+        "hate/threatening": (),
+        "illicit": (Category.NON_VIOLENT_ILLEGAL_ACTS.value,),
+        "illicit/violent": (),
+        "self-harm": (Category.SELF_HARM.value,),
+        "self-harm/instructions": (),
+        "self-harm/intent": (),
+        "sexual": (Category.SEXUAL.value,),
+        "sexual/minors": (),
+        "violence": (Category.VIOLENT.value,),
+        "violence/graphic": (),
+    }
+)
+"""OpenAI's categories, and which of ours each stands for; () for those finer than ours, which are never said."""
+
+_MODELS: Final = ("omni-moderation-", "text-moderation-")
+
+
+class Moderations:
+    """The endpoint. The arguments are those of `tidegate.gateway.chat.Chat`."""
+
+    def __init__(
+        self,
+        *,
+        guard: StreamGuard,
+        policy: Policy,
+        keep: Keep | None,
+        telemetry: Telemetry,
+        longest_body: int,
+        guard_timeout_s: float | None,
+    ) -> None:
+        self._guard = guard
+        self._policy = policy
+        self._keep = keep
+        self._telemetry = telemetry
+        self._longest_body = longest_body
+        self._guard_timeout_s = guard_timeout_s
+
+    async def create(self, request: Request) -> JSONResponse:
+        """Judge one text or several.
+
+        Raises:
+            Problem: when the request cannot be used, or the guard could not judge.
+            StoreError: when a decision could not be kept.
+        """
+        body = await read_json(request, longest=self._longest_body)
+        self._check_model(body.get("model"))
+        texts = _texts(body)
+        work = [self._judge(text, f"input[{place}]", request.url.path) for place, text in enumerate(texts)]
+        decisions = await asyncio.gather(*work)
+        for decision, _ in decisions:
+            if decision.failure is not None:
+                raise problem_of_failure(decision.failure)
+        results = [_result(decision, self._policy, identity) for decision, identity in decisions]
+        return JSONResponse({"id": f"modr-{uuid.uuid4().hex}", "model": self._guard.name, "results": results})
+
+    def _check_model(self, model: Any) -> None:
+        """The model is always our guard; OpenAI's names are taken too, so that clients need not be changed."""
+        if model is None:
+            return
+        if not isinstance(model, str):
+            _refuse("expected the name of a model, as a string", param="model")
+        name = self._guard.name
+        if model not in (name, name.partition("/")[0], "tidegate") and not model.startswith(_MODELS):
+            message = f"there is no such model here: this gateway moderates with {name}"
+            raise Problem(404, message, param="model", code="model_not_found")
+
+    async def _judge(self, text: str, path: str, route: str) -> tuple[Decision, str | None]:
+        conversation = Conversation.of(text)
+        decision = await moderate(
+            conversation,
+            guard=self._guard,
+            policy=self._policy,
+            scope=Scope(route=route),
+            timeout_s=self._guard_timeout_s,
+            coverage=(Coverage(path, Channel.USER, CoverageState.JUDGED, len(text)),),
+        )
+        self._telemetry.count(decision, "moderation")
+        if self._keep is None:
+            return decision, None
+        try:
+            return decision, await self._keep(decision, conversation, retention=self._policy.retention)
+        except Exception as error:  # whatever keeps a decision from being kept must not pass for success
+            raise StoreError("a decision could not be kept") from error
+
+
+def _texts(body: Mapping[str, Any]) -> list[str]:
+    given = body.get("input")
+    if "input" not in body:
+        _refuse("'input' is missing: expected a string or an array of strings", code="missing_required_parameter")
+    if isinstance(given, list) and given and all(isinstance(part, dict) for part in given):
+        given = ["\n".join(_part(part, place) for place, part in enumerate(given))]
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list):
+        _refuse("expected a string or an array of strings")
+    if not texts:
+        _refuse("expected at least one text, got an empty array")
+    if len(texts) > MOST_INPUTS:
+        _refuse(f"expected at most {MOST_INPUTS:,} texts, got {len(texts):,}")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            _refuse("expected a string", param=f"input[{place}]")
+        if not text:
+            _refuse("expected a text, got an empty string", param="input" if text is given else f"input[{place}]")
+    return [mended(text) for text in texts]
+
+
+def _part(part: Mapping[str, Any], place: int) -> str:
+    text = part.get("text")
+    if part.get("type") != "text" or not isinstance(text, str):
+        _refuse("expected a part of type text: this guard judges text only", param=f"input[{place}]")
+    return text
+
+
+def _refuse(message: str, *, param: str = "input", code: str = "invalid_type") -> NoReturn:
+    raise Problem(400, message, param=param, code=code)
+
+
+def _result(decision: Decision, policy: Policy, identity: str | None) -> dict[str, Any]:
+    verdict = decision.verdict
+    assert verdict is not None, "failures were told before"
+    flagged = decision.action is not Action.ALLOW
+    scores = {name: _score(verdict, ours) for name, ours in OPENAI_CATEGORIES.items()}
+    named = {name: flagged and not set(ours).isdisjoint(verdict.categories) for name, ours in OPENAI_CATEGORIES.items()}
+    return {
+        "flagged": flagged,
+        "categories": named,
+        "category_scores": scores,
+        "category_applied_input_types": {name: ["text"] for name in OPENAI_CATEGORIES},
+        "tidegate": {
+            "severity": verdict.severity.word,
+            "probabilities": {
+                "safe": verdict.probabilities.safe,
+                "controversial": verdict.probabilities.controversial,
+                "unsafe": verdict.probabilities.unsafe,
+            },
+            "categories": list(verdict.categories),
+            "category_probabilities": dict(verdict.category_probabilities),
+            "refusal": verdict.refusal,
+            "guard": verdict.guard,
+            "decision": decision_field(decision, policy, path="input", identity=identity),
+        },
+    }
+
+
+def _score(verdict: Verdict, ours: Sequence[str]) -> float:
+    known = verdict.category_probabilities
+    shares = [known.get(name, float(name in verdict.categories)) for name in ours]
+    return verdict.probabilities.flagged * max(shares, default=0.0)

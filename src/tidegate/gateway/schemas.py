@@ -1,0 +1,400 @@
+"""The wire and our words: JSON bodies are read and checked here, and decisions are written in OpenAI's shapes.
+
+What a request says is judged as the upstream will read it: a body is parsed once, and what was parsed is what is sent
+on, so that a key given twice or a broken character cannot mean one thing here and another there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, NoReturn
+
+from starlette.requests import Request
+
+from tidegate.gateway.statuses import Problem
+from tidegate.policy import Policy
+from tidegate.types import (
+    Channel,
+    Conversation,
+    Coverage,
+    CoverageState,
+    Decision,
+    Role,
+    Span,
+    ToolCall,
+    Turn,
+)
+
+__all__ = [
+    "ChatRequest",
+    "PromptText",
+    "characters_in",
+    "decision_field",
+    "mended",
+    "read_chat",
+    "read_json",
+    "worst_decision",
+]
+
+MOST_MESSAGES: Final = 2048
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_CHANNELS: Final = {Role.SYSTEM: Channel.SYSTEM, Role.USER: Channel.USER, Role.TOOL: Channel.TOOL_RESULT}
+_ROLES: Final = {
+    "system": Role.SYSTEM,
+    "developer": Role.SYSTEM,
+    "user": Role.USER,
+    "assistant": Role.ASSISTANT,
+    "tool": Role.TOOL,
+    "function": Role.TOOL,
+}
+_MESSAGE_FIELDS: Final = frozenset(
+    ("role", "content", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning")
+)
+_PLAIN_OPTIONS: Final = frozenset(
+    {
+        "function_call",
+        "messages",
+        "metadata",
+        "modalities",
+        "model",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "safety_identifier",
+        "service_tier",
+        "stop",
+        "tool_choice",
+        "user",
+        "verbosity",
+    }
+)
+"""Options whose words never reach the model as text; the text in any other one is counted as not judged."""
+
+
+# --- bodies -------------------------------------------------------------------------------------------------------
+
+
+async def read_json(request: Request, *, longest: int) -> dict[str, Any]:
+    """The body of a request as a JSON object.
+
+    Raises:
+        Problem: 413 as soon as more than ``longest`` bytes have come; 400 when it is not UTF-8, not JSON or no object.
+    """
+    data = await _read(request, longest)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        _refuse(f"the body is not UTF-8: byte {error.start} cannot be read", code="invalid_utf8")
+    try:
+        body = json.loads(text, parse_constant=_no_constant)
+        if "\\ud" in text or "\\uD" in text:
+            body = json.loads(mended(json.dumps(body, ensure_ascii=False)))
+    except json.JSONDecodeError as error:
+        _refuse(f"the body is not JSON: line {error.lineno}, column {error.colno}: {error.msg}", code="invalid_json")
+    except (ValueError, RecursionError):
+        _refuse("the body is not JSON: it is nested too deep, or has a number that JSON does not know", "invalid_json")
+    if not isinstance(body, dict):
+        _refuse(f"expected a JSON object, got {_kind(body)}")
+    return body
+
+
+async def _read(request: Request, longest: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    parts: list[bytes] = []
+    size = int(announced) if announced.isascii() and announced.isdigit() else 0
+    if size <= longest:
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > longest:
+                break
+            parts.append(part)
+    if size > longest:
+        raise Problem(413, f"the body is too long: at most {longest:,} bytes are taken", code="body_too_long")
+    return b"".join(parts)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def mended(text: str) -> str:
+    """The same text with halves of a surrogate pair joined, and single ones replaced by U+FFFD."""
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _refuse(message: str, code: str | None = None, *, param: str | None = None) -> NoReturn:
+    raise Problem(400, message, param=param, code=code)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def characters_in(value: Any) -> int:
+    """How many characters the strings in a JSON value have, keys left out."""
+    match value:
+        case str():
+            return len(value)
+        case dict():
+            return sum(map(characters_in, value.values()))
+        case list():
+            return sum(map(characters_in, value))
+    return 0
+
+
+# --- a chat request -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PromptText:
+    """One new text of the prompt: the conversation that ends with it, and where it stands in the request."""
+
+    conversation: Conversation
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A chat completion request, as far as the gateway needs to understand it.
+
+    Attributes:
+        body: the whole of it, as it is sent on.
+        conversation: all turns.
+        new: the texts to judge: system turns, and all turns since the assistant last spoke.
+        coverage: every text path of the request, given that the new ones are judged.
+        model: the model that is asked for.
+        stream: whether the answer is to stream.
+        choices: how many are asked for, at least 1.
+        wants_usage: whether a stream is to end with a usage chunk.
+        tools: the names of the tools that the model may call.
+    """
+
+    body: dict[str, Any]
+    conversation: Conversation
+    new: tuple[PromptText, ...]
+    coverage: tuple[Coverage, ...]
+    model: str
+    stream: bool
+    choices: int
+    wants_usage: bool
+    tools: frozenset[str]
+
+
+def read_chat(body: dict[str, Any]) -> ChatRequest:
+    """Understand a chat completion request; options that are not ours to know are the upstream's business.
+
+    Raises:
+        Problem: 400, with the place of what is wrong.
+    """
+    messages = body.get("messages")
+    if "messages" not in body:
+        _refuse("'messages' is missing: expected an array of messages", "missing_required_parameter", param="messages")
+    if not isinstance(messages, list):
+        _refuse(f"expected an array of messages, got {_kind(messages)}", "invalid_type", param="messages")
+    if not messages:
+        _refuse("expected at least one message, got an empty array", "empty_array", param="messages")
+    if len(messages) > MOST_MESSAGES:
+        _refuse(f"expected at most {MOST_MESSAGES:,} messages, got {len(messages):,}", "too_many", param="messages")
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        _refuse("expected the name of a model, as a string", "missing_required_parameter", param="model")
+    choices = body.get("n")
+    if choices is not None and (isinstance(choices, bool) or not isinstance(choices, int) or not 1 <= choices <= 128):
+        _refuse("expected a whole number from 1 to 128", "invalid_value", param="n")
+    stream = body.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        _refuse(f"expected true or false, got {_kind(stream)}", "invalid_type", param="stream")
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        _refuse(f"expected an object, got {_kind(options)}", "invalid_type", param="stream_options")
+    read = [_Message.read(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    new = _new_turns(read)
+    return ChatRequest(
+        body=body,
+        conversation=Conversation(tuple(message.turn for message in read)),
+        new=tuple(_new_texts(read, new)),
+        coverage=(*_coverage(read, new), *_unjudged_options(body)),
+        model=model,
+        stream=bool(stream),
+        choices=choices or 1,
+        wants_usage=bool(options and options.get("include_usage")),
+        tools=frozenset(_tool_names(body)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """One message: the turn that it is, its text in other joints, and what in it cannot be judged."""
+
+    path: str
+    turn: Turn
+    glued: str | None
+    """The parts of the content without anything between them, when there are several; else None."""
+    unjudged: tuple[Coverage, ...]
+
+    @classmethod
+    def read(cls, message: Any, path: str) -> _Message:
+        if not isinstance(message, dict):
+            _refuse(f"expected an object with role and content, got {_kind(message)}", "invalid_type", param=path)
+        role = _ROLES.get(str(message.get("role")))
+        if role is None:
+            _refuse(f"expected one of {', '.join(_ROLES)}", "invalid_value", param=f"{path}.role")
+        channel = _CHANNELS.get(role, Channel.ANSWER)
+        texts, unjudged = _content(message.get("content"), f"{path}.content", role, channel)
+        reasoning = [message[name] for name in ("reasoning_content", "reasoning") if isinstance(message.get(name), str)]
+        turn = Turn(role, "\n".join(texts), "\n".join(reasoning), tuple(_tool_calls(message, path)))
+        for name, value in message.items():
+            if name not in _MESSAGE_FIELDS and (count := characters_in(value)):
+                unjudged.append(Coverage(f"{path}.{name}", channel, CoverageState.NOT_JUDGED, count))
+        return cls(path, turn, "".join(texts) if len(texts) > 1 else None, tuple(unjudged))
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self.turn.content or self.turn.reasoning or self.turn.tool_calls)
+
+
+def _content(value: Any, path: str, role: Role, channel: Channel) -> tuple[list[str], list[Coverage]]:
+    """The texts of a message's content, and the parts of it that are not text."""
+    if isinstance(value, str):
+        return [value], []
+    if value is None and role is Role.ASSISTANT:
+        return [], []
+    if not isinstance(value, list):
+        _refuse(f"expected a string or an array of parts, got {_kind(value)}", "invalid_type", param=path)
+    texts: list[str] = []
+    unjudged: list[Coverage] = []
+    for index, part in enumerate(value):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            _refuse("expected an object with a type", "invalid_type", param=f"{path}[{index}]")
+        text = next((part[name] for name in ("text", "refusal") if isinstance(part.get(name), str)), None)
+        if text is not None:
+            texts.append(text)
+        elif part["type"] == "text":
+            _refuse("expected a string", "invalid_type", param=f"{path}[{index}].text")
+        else:
+            unjudged.append(Coverage(f"{path}[{index}]", channel, CoverageState.NOT_JUDGED, 0))
+    return texts, unjudged
+
+
+def _tool_calls(message: Mapping[str, Any], path: str) -> Iterator[ToolCall]:
+    calls = message.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        _refuse(f"expected an array, got {_kind(calls)}", "invalid_type", param=f"{path}.tool_calls")
+    named = [call.get("function") or call.get("custom") for call in calls or () if isinstance(call, dict)]
+    for call in (*named, message.get("function_call")):
+        if isinstance(call, dict):
+            arguments = call.get("arguments", call.get("input"))
+            yield ToolCall(str(call.get("name", "")), arguments if isinstance(arguments, str) else "")
+
+
+def _new_turns(messages: Sequence[_Message]) -> set[int]:
+    """System turns, and all turns since the assistant last spoke; the given beginning of an answer is new too."""
+    new = {index for index, message in enumerate(messages) if message.turn.role is Role.SYSTEM}
+    index = len(messages) - 1
+    while index >= 0 and messages[index].turn.role is Role.ASSISTANT:
+        new.add(index)
+        index -= 1
+    while index >= 0 and messages[index].turn.role is not Role.ASSISTANT:
+        new.add(index)
+        index -= 1
+    return new
+
+
+def _new_texts(messages: Sequence[_Message], new: set[int]) -> Iterator[PromptText]:
+    before: tuple[Turn, ...] = ()
+    for index, message in enumerate(messages):
+        if index in new and message.has_text:
+            path = f"{message.path}.content"
+            yield PromptText(Conversation((*before, message.turn)), path)
+            if message.glued is not None:
+                yield PromptText(Conversation((*before, replace(message.turn, content=message.glued))), path)
+        before = (*before, message.turn)
+
+
+def _coverage(messages: Sequence[_Message], new: set[int]) -> Iterator[Coverage]:
+    for index, message in enumerate(messages):
+        turn, path = message.turn, message.path
+        state = CoverageState.JUDGED if index in new else CoverageState.NOT_JUDGED
+        yield Coverage(f"{path}.content", _CHANNELS.get(turn.role, Channel.ANSWER), state, len(turn.content))
+        if turn.reasoning:
+            yield Coverage(f"{path}.reasoning_content", Channel.REASONING, state, len(turn.reasoning))
+        for number, call in enumerate(turn.tool_calls):
+            yield Coverage(f"{path}.tool_calls[{number}]", Channel.TOOL_CALL, state, len(call.arguments))
+        yield from message.unjudged
+
+
+def _unjudged_options(body: Mapping[str, Any]) -> Iterator[Coverage]:
+    for name, value in body.items():
+        if name not in _PLAIN_OPTIONS and (count := characters_in(value)):
+            yield Coverage(name, Channel.SYSTEM, CoverageState.NOT_JUDGED, count)
+
+
+def _tool_names(body: Mapping[str, Any]) -> Iterator[str]:
+    for name, inner in (("tools", "function"), ("tools", "custom"), ("functions", None)):
+        listed = body.get(name)
+        for tool in listed if isinstance(listed, list) else ():
+            named = tool.get(inner) if inner is not None and isinstance(tool, dict) else tool
+            if isinstance(named, dict) and isinstance(named.get("name"), str):
+                yield named["name"]
+
+
+# --- decisions on the wire ----------------------------------------------------------------------------------------
+
+
+def worst_decision(decisions: Sequence[Decision]) -> int:
+    """Which of several decisions counts: by action, then by severity; a failure comes before a verdict."""
+
+    def rank(index: int) -> tuple[int, int, float]:
+        decision = decisions[index]
+        if decision.verdict is None:
+            return decision.action, 3, 0.0
+        return decision.action, decision.verdict.severity, decision.verdict.probabilities.flagged
+
+    return max(range(len(decisions)), key=rank)
+
+
+def decision_field(
+    decision: Decision, policy: Policy, *, path: str | None = None, identity: str | None = None
+) -> dict[str, Any]:
+    """What stands in our field ``tidegate``: a decision and its reasons, without any of the text."""
+    verdict, failure = decision.verdict, decision.failure
+    return {
+        "id": identity,
+        "action": decision.action.word,
+        "rule": decision.rule,
+        "policy": decision.policy,
+        "version": decision.policy_version,
+        "severity": verdict.severity.word if verdict else None,
+        "probabilities": _probabilities(decision),
+        "categories": list(verdict.categories) if verdict else [],
+        "guard": verdict.guard if verdict else failure.guard if failure else "",
+        "failure": {"kind": failure.kind, "message": failure.message} if failure else None,
+        "where": _where(path, verdict.span if verdict else None),
+        "advice": [advice.value for advice in decision.advice],
+        "message": policy.message_for(decision.rule) if decision.action.word in ("block", "redact") else None,
+        "coverage": [
+            {"path": part.path, "channel": part.channel.value, "state": part.state.value, "characters": part.characters}
+            for part in decision.coverage
+        ],
+    }
+
+
+def _probabilities(decision: Decision) -> dict[str, float] | None:
+    if decision.verdict is None:
+        return None
+    known = decision.verdict.probabilities
+    return {"safe": known.safe, "controversial": known.controversial, "unsafe": known.unsafe}
+
+
+def _where(path: str | None, span: Span | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    return {"path": path, "start": span.start if span else 0, "end": span.end if span else None}

@@ -1,0 +1,90 @@
+"""Server-sent events, on bytes: an incremental reader for the upstream's, and a writer for ours.
+
+The reader follows the WHATWG's rules for lines and ``data`` fields, gives back only the data, and refuses events that
+never end. Knows nothing of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from tidegate.errors import UpstreamError
+
+__all__ = ["DONE", "HEADERS", "EventReader", "event"]
+
+DONE: Final = b"data: [DONE]\n\n"
+"""The event that ends a stream of chunks."""
+
+HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+"""Of a response that is an event stream: nobody on the way should store or buffer it."""
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
+
+def event(content: Any) -> bytes:
+    """One event whose data is this value as JSON."""
+    return b"data: %b\n\n" % _encode(content).encode("utf-8", "replace")
+
+
+class EventReader:
+    """Cuts a stream of bytes, however it was chunked, into the data of its events.
+
+    Args:
+        longest: the most bytes that one event may have, at least 1.
+    """
+
+    def __init__(self, *, longest: int = 4 * 1024 * 1024) -> None:
+        self._longest = longest
+        self._rest = b""
+        self._data: list[bytes] = []
+        self._size = 0
+        self._begun = False
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take more bytes; return the data of the events that are complete now.
+
+        Raises:
+            UpstreamError: when an event is longer than allowed.
+        """
+        text = self._rest + data
+        if not self._begun:
+            if _BYTE_ORDER_MARK.startswith(text[:3]) and len(text) < 3:
+                self._rest = text
+                return []
+            self._begun = True
+            text = text.removeprefix(_BYTE_ORDER_MARK)
+        held = b""
+        if b"\r" in text:
+            if text.endswith(b"\r"):
+                text, held = text[:-1], b"\r"
+            text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = text.split(b"\n")
+        self._rest = lines.pop() + held
+        events = [complete for line in lines if (complete := self._line(line)) is not None]
+        if self._size + len(self._rest) > self._longest:
+            raise UpstreamError(f"the upstream sent an event of more than {self._longest:,} bytes")
+        return events
+
+    def finish(self) -> list[bytes]:
+        """The stream is complete: the event that lacked only its blank line, if there is one."""
+        return self.feed(b"\n\n") if self._rest or self._data else []
+
+    def _line(self, line: bytes) -> bytes | None:
+        if not line:
+            if not self._data:
+                return None
+            complete = b"\n".join(self._data)
+            self._data = []
+            self._size = 0
+            return complete
+        if line.startswith(b"data:"):
+            value = line[6:] if line[5:6] == b" " else line[5:]
+            self._data.append(value)
+            self._size += len(value)
+        return None

@@ -1,0 +1,78 @@
+"""Which error has which HTTP status, and how it looks: OpenAI's error shape, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from starlette.responses import JSONResponse
+
+from tidegate.errors import (
+    GuardError,
+    GuardOverloaded,
+    GuardTimeout,
+    InputError,
+    StoreError,
+    TidegateError,
+    UpstreamError,
+)
+from tidegate.types import GuardFailure
+
+__all__ = ["Problem", "problem_of", "problem_of_failure"]
+
+
+@dataclass(eq=False)
+class Problem(Exception):
+    """An error on its way to the client; raise it, or put it at the end of a stream.
+
+    Attributes:
+        status: the HTTP status.
+        message: what was wrong and what was expected; never quotes what a person or a model wrote.
+        type: OpenAI's kind of error, as ``invalid_request_error``.
+        param: the place in the request; None when it is the whole.
+        code: a word for programs; None when there is none.
+        headers: what else the client should know, as ``retry-after``.
+    """
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's shape."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, dict(self.headers))
+
+
+_GUARD: Final = {
+    GuardTimeout.__name__: (504, "guard_timeout"),
+    GuardOverloaded.__name__: (503, "guard_overloaded"),
+}
+
+
+def problem_of_failure(failure: GuardFailure) -> Problem:
+    """What a client is told when a guard could not judge what it asked about."""
+    status, code = _GUARD.get(failure.kind, (503, "guard_error"))
+    headers = {"retry-after": "1"} if code == "guard_overloaded" else {}
+    return Problem(status, f"the guard could not judge: {failure.kind}", "server_error", None, code, headers)
+
+
+def problem_of(error: TidegateError) -> Problem:
+    """What a client is told about one of our errors."""
+    match error:
+        case InputError():
+            return Problem(400, error.message, param=error.where)
+        case GuardError():
+            return problem_of_failure(GuardFailure(type(error).__name__, ""))
+        case UpstreamError():
+            return Problem(error.status or 502, str(error), "upstream_error", None, "upstream_error")
+        case StoreError():
+            return Problem(500, "the decision could not be kept", "server_error", None, "store_error")
+    return Problem(500, "something went wrong in the gateway", "server_error", None, "internal_error")

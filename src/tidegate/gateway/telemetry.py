@@ -1,0 +1,122 @@
+"""What is counted and timed, for Prometheus. A registry of its own for each app; no label ever carries user text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from tidegate.guards.base import Session, StreamGuard
+from tidegate.types import Conversation, Decision, TokenVerdict, Verdict
+
+__all__ = ["CONTENT_TYPE", "Telemetry", "TimedGuard"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Telemetry:
+    """The metrics of one gateway."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "tidegate_requests", "Requests that were answered.", ("route", "status"), registry=self.registry
+        )
+        self.decisions = Counter(
+            "tidegate_decisions", "Decisions by what was judged.", ("target", "action"), registry=self.registry
+        )
+        self.failures = Counter(
+            "tidegate_guard_failures", "Guards that did not judge, by kind.", ("kind",), registry=self.registry
+        )
+        self.upstream_errors = Counter(
+            "tidegate_upstream_errors", "Upstreams that failed, by kind.", ("kind",), registry=self.registry
+        )
+        guard_seconds = Histogram(
+            "tidegate_guard_seconds",
+            "Time in the guard: judge for a whole text, step for a piece of a stream.",
+            ("call",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.judge_seconds = guard_seconds.labels("judge")
+        self.step_seconds = guard_seconds.labels("step")
+        self.open_streams = Gauge("tidegate_open_streams", "Answers that stream now.", registry=self.registry)
+        self.held = Gauge(
+            "tidegate_held_characters", "Characters of streaming answers that are held now.", registry=self.registry
+        )
+        self.released = Counter(
+            "tidegate_released_characters", "Characters of streamed answers that were let out.", registry=self.registry
+        )
+
+    def count(self, decision: Decision, target: str) -> None:
+        """Count one decision about a ``prompt``, a ``response`` or a ``moderation``."""
+        self.decisions.labels(target, decision.action.word).inc()
+        if decision.failure is not None:
+            self.failures.labels(decision.failure.kind).inc()
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """While an answer streams."""
+        self.open_streams.inc()
+        try:
+            yield
+        finally:
+            self.open_streams.dec()
+
+    def page(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class TimedGuard:
+    """The same guard, with its time taken."""
+
+    def __init__(self, guard: StreamGuard, telemetry: Telemetry) -> None:
+        self._guard = guard
+        self._telemetry = telemetry
+
+    @property
+    def name(self) -> str:
+        return self._guard.name
+
+    async def judge(self, conversation: Conversation) -> Verdict:
+        begun = time.perf_counter()
+        try:
+            return await self._guard.judge(conversation)
+        finally:
+            self._telemetry.judge_seconds.observe(time.perf_counter() - begun)
+
+    def open(self, context: Conversation | None) -> Session:
+        return _TimedSession(self._guard.open(context), self._telemetry)
+
+    async def close(self) -> None:
+        await self._guard.close()
+
+
+class _TimedSession:
+    __slots__ = ("_session", "_telemetry")
+
+    def __init__(self, session: Session, telemetry: Telemetry) -> None:
+        self._session = session
+        self._telemetry = telemetry
+
+    async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
+        begun = time.perf_counter()
+        try:
+            return await self._session.feed(text)
+        finally:
+            self._telemetry.step_seconds.observe(time.perf_counter() - begun)
+
+    async def finish(self) -> tuple[TokenVerdict, ...]:
+        begun = time.perf_counter()
+        try:
+            return await self._session.finish()
+        finally:
+            self._telemetry.step_seconds.observe(time.perf_counter() - begun)
+
+    def close(self) -> None:
+        self._session.close()

@@ -1,0 +1,203 @@
+"""The LLM behind the gateway: one aiohttp client towards any OpenAI-compatible server.
+
+Says in our own errors what went wrong, and shows nothing of the upstream's headers to anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import aiohttp
+
+from tidegate import __version__
+from tidegate.errors import InputError, UpstreamError
+from tidegate.gateway.statuses import Problem
+
+__all__ = ["Upstream", "UpstreamAnswer", "base_of"]
+
+LONGEST_ERROR: Final = 64 * 1024
+LONGEST_ERROR_MESSAGE: Final = 2000
+
+
+def base_of(url: str) -> str:
+    """The address that paths are appended to: ``http://host`` means ``http://host/v1``; a path is taken as it is.
+
+    Raises:
+        InputError: when it is not an http or https address.
+    """
+    scheme, found, rest = url.strip().rstrip("/").partition("://")
+    if not found or scheme.lower() not in ("http", "https") or not rest or rest.startswith("/"):
+        raise InputError("expected an address such as http://127.0.0.1:8000/v1", where="upstream_url")
+    return f"{scheme}://{rest}" if "/" in rest else f"{scheme}://{rest}/v1"
+
+
+class UpstreamAnswer:
+    """A response of the upstream whose status and headers are here, and whose body is still to be read."""
+
+    def __init__(self, response: aiohttp.ClientResponse, longest: int) -> None:
+        self._response = response
+        self._longest = longest
+
+    @property
+    def status(self) -> int:
+        return self._response.status
+
+    @property
+    def media_type(self) -> str:
+        return self._response.content_type
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it arrives: each time all that is there.
+
+        Raises:
+            UpstreamError: when it breaks off or falls silent.
+        """
+        with _translated():
+            async for piece in self._response.content.iter_any():
+                yield piece
+
+    async def json(self) -> Any:
+        """The whole body as JSON.
+
+        Raises:
+            UpstreamError: when it breaks off, is too long, or is not JSON.
+        """
+        data = await self._read(self._longest)
+        try:
+            return json.loads(data.decode())
+        except (ValueError, RecursionError):
+            raise UpstreamError("the upstream's answer is not JSON") from None
+
+    async def problem(self) -> Problem:
+        """What the upstream said was wrong, for the client: its error in OpenAI's shape, and when to come again."""
+        try:
+            said = json.loads((await self._read(LONGEST_ERROR)).decode())
+        except (UpstreamError, ValueError, RecursionError):
+            said = None
+        error = said.get("error") if isinstance(said, dict) else None
+        fields = error if isinstance(error, dict) else {}
+        message = fields.get("message") if isinstance(fields.get("message"), str) else None
+        retry = self._response.headers.get("retry-after")
+        return Problem(
+            self.status if 400 <= self.status <= 599 else 502,
+            (message or f"the upstream answered with status {self.status}")[:LONGEST_ERROR_MESSAGE],
+            _word(fields.get("type")) or "upstream_error",
+            _word(fields.get("param")),
+            _word(fields.get("code")),
+            {"retry-after": retry} if retry else {},
+        )
+
+    def close(self) -> None:
+        """Break off at once; the upstream sees that nobody listens any more."""
+        self._response.close()
+
+    async def _read(self, longest: int) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        async for piece in self.pieces():
+            size += len(piece)
+            if size > longest:
+                raise UpstreamError(f"the upstream's answer is longer than {longest:,} bytes")
+            parts.append(piece)
+        return b"".join(parts)
+
+
+def _word(value: Any) -> str | None:
+    return str(value)[:200] if isinstance(value, str | int) and not isinstance(value, bool) else None
+
+
+class Upstream:
+    """A client for one upstream; open it in the event loop that uses it.
+
+    Args:
+        url: see `base_of`.
+        key: sent as bearer token; None sends the Authorization of each client on.
+        connect_timeout_s: seconds until a connection stands, greater than 0.
+        silence_timeout_s: seconds that the upstream may say nothing, before its answer and in it, greater than 0.
+        longest_answer: the most bytes of an answer that does not stream.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        connect_timeout_s: float = 10.0,
+        silence_timeout_s: float = 300.0,
+        longest_answer: int = 32 * 1024 * 1024,
+    ) -> None:
+        self._base = base_of(url)
+        self._key = key
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=silence_timeout_s)
+        self._longest = longest_answer
+        self._client: aiohttp.ClientSession | None = None
+
+    async def open(self) -> None:
+        """Make the client; needs a running event loop."""
+        self._client = aiohttp.ClientSession(
+            timeout=self._timeout,
+            connector=aiohttp.TCPConnector(limit=0),
+            headers={"user-agent": f"tidegate/{__version__}", "accept-encoding": "identity"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    @asynccontextmanager
+    async def request(
+        self, method: str, path: str, *, authorization: str | None, body: bytes | None = None
+    ) -> AsyncIterator[UpstreamAnswer]:
+        """Send a request; the answer is closed with the block, whether it was read to its end or not.
+
+        Raises:
+            UpstreamError: when the upstream cannot be reached, or breaks off.
+        """
+        answer = await self.send(method, path, authorization=authorization, body=body)
+        try:
+            yield answer
+        finally:
+            answer.close()
+
+    async def send(
+        self, method: str, path: str, *, authorization: str | None, body: bytes | None = None
+    ) -> UpstreamAnswer:
+        """Send a request, and wait for the status. Whoever gets the answer closes it.
+
+        Raises:
+            UpstreamError: when the upstream cannot be reached, or breaks off.
+        """
+        if self._client is None:
+            raise UpstreamError("the client towards the upstream is closed", status=503)
+        headers = {"content-type": "application/json"} if body is not None else {}
+        authorization = f"Bearer {self._key}" if self._key else authorization
+        if authorization:
+            headers["authorization"] = authorization
+        with _translated():
+            response = await self._client.request(
+                method, f"{self._base}{path}", data=body, headers=headers, allow_redirects=False
+            )
+        return UpstreamAnswer(response, self._longest)
+
+
+class _translated:  # noqa: N801 - reads as a word
+    """Turn what the client library raises into an UpstreamError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        match error:
+            case aiohttp.SocketTimeoutError() | asyncio.TimeoutError():
+                raise UpstreamError("the upstream did not answer in time", status=504) from error
+            case aiohttp.ClientConnectorError():
+                raise UpstreamError("the upstream cannot be reached", status=502) from error
+            case aiohttp.ClientError() | OSError():
+                raise UpstreamError("the upstream broke off", status=502) from error

@@ -1,0 +1,472 @@
+"""Fakes for tests, of ours and of anybody who builds on Tidegate: two guards that judge by words, and an upstream.
+
+They need no model, no network and no luck. What a fake guard says follows from the words of the text alone, its
+trouble included: a word can make it fail or hang, so that a test can steer it from the far end of a real server.
+`FakeUpstream` is an ASGI app that speaks OpenAI's chat completions from a script, misbehaves as told, and remembers
+what it received.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, SessionClosed
+from tidegate.types import (
+    CATEGORIES,
+    Category,
+    Conversation,
+    Probabilities,
+    Severity,
+    Span,
+    TokenVerdict,
+    Turn,
+    Verdict,
+)
+
+__all__ = [
+    "Die",
+    "FakeGuard",
+    "FakeSession",
+    "FakeStreamGuard",
+    "FakeUpstream",
+    "Hang",
+    "Pause",
+    "Received",
+    "Reply",
+    "Send",
+    "chunk",
+    "completion",
+    "text_chunks",
+]
+
+# --- guards -------------------------------------------------------------------------------------------------------
+
+UNSAFE_WORDS: Final[Mapping[str, str]] = {
+    "bomb": Category.VIOLENT.value,
+    "fraud": Category.NON_VIOLENT_ILLEGAL_ACTS.value,
+}
+CONTROVERSIAL_WORDS: Final[Mapping[str, str]] = {"knife": Category.VIOLENT.value}
+
+_TOKEN: Final = re.compile(r"\s*\S+|\s+$")
+_COMPLETE_TOKEN: Final = re.compile(r"\s*\S+(?=\s)")
+_PROBABILITIES: Final = {
+    Severity.SAFE: Probabilities(0.98, 0.015, 0.005),
+    Severity.CONTROVERSIAL: Probabilities(0.1, 0.8, 0.1),
+    Severity.UNSAFE: Probabilities(0.01, 0.04, 0.95),
+}
+
+
+class FakeGuard:
+    """A guard that judges whole texts by their words, in any case and without the punctuation around them.
+
+    Args:
+        unsafe: words that make a text unsafe, each with its category.
+        controversial: the same for controversial.
+        failing: a word that makes it raise ``error``.
+        hanging: a word that makes it wait until it is cancelled.
+        error: what it raises at the failing word; None for GuardUnavailable.
+        delay_s: seconds that every call takes beside, at least 0.
+        name: of the guard.
+
+    Attributes:
+        judged: every conversation that it was asked about, in order.
+        closed: whether ``close`` was called.
+    """
+
+    def __init__(
+        self,
+        *,
+        unsafe: Mapping[str, str] = UNSAFE_WORDS,
+        controversial: Mapping[str, str] = CONTROVERSIAL_WORDS,
+        failing: str = "guardfail",
+        hanging: str = "guardhang",
+        error: GuardError | None = None,
+        delay_s: float = 0.0,
+        name: str = "fake/1",
+    ) -> None:
+        self.unsafe = dict(unsafe)
+        self.controversial = dict(controversial)
+        self.failing = failing
+        self.hanging = hanging
+        self.error = error
+        self.delay_s = delay_s
+        self.judged: list[Conversation] = []
+        self.closed = False
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    async def judge(self, conversation: Conversation) -> Verdict:
+        """The worst word of the last turn decides; all the categories of that severity are named."""
+        self.judged.append(conversation)
+        await self.trouble()
+        calls: list[tuple[Severity, str | None]] = [(Severity.SAFE, None)]
+        for word in _words(_text_of(conversation.turns[-1])):
+            await self.trouble_at(word)
+            calls.append(self.call(word))
+        severity = max(severity for severity, _ in calls)
+        found = dict.fromkeys(name for call, name in calls if name is not None and call is severity)
+        shares = {name: (0.9 if name in found else 0.0) for name in CATEGORIES}
+        return Verdict(
+            conversation.target,
+            severity,
+            _PROBABILITIES[severity],
+            tuple(found),
+            shares if found else {},
+            guard=self.name,
+        )
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def call(self, word: str) -> tuple[Severity, str | None]:
+        """What one word, as `str.casefold` leaves it, is taken for: its severity and category."""
+        if word in self.unsafe:
+            return Severity.UNSAFE, self.unsafe[word]
+        if word in self.controversial:
+            return Severity.CONTROVERSIAL, self.controversial[word]
+        return Severity.SAFE, None
+
+    async def trouble(self) -> None:
+        """Take the time that every call takes."""
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
+
+    async def trouble_at(self, word: str) -> None:
+        """Fail or hang when this is the word for it."""
+        if word == self.failing:
+            raise self.error or GuardUnavailable("the fake guard was told to fail")
+        if word == self.hanging:
+            await asyncio.Event().wait()
+
+
+class FakeStreamGuard(FakeGuard):
+    """A `FakeGuard` that can also watch a text while it is written.
+
+    A token is a word with the white space before it; white space at the very end is a token by itself, and safe. Each
+    token is judged by its own word, so ``bomb bomb`` is two unsafe tokens in a row and ``bomb is`` only one.
+
+    Args:
+        sticky: when true, nothing after an unsafe word is safe any more, as with guards that judge all the text so far.
+        end_token: when true, ``finish`` adds a token without width that says what the worst word said.
+        most_sessions: more open sessions than this raise GuardOverloaded; None for no limit.
+        options: those of `FakeGuard`.
+
+    Attributes:
+        contexts: what came before each session, in the order in which they were opened.
+        open_sessions: how many are open now.
+    """
+
+    def __init__(
+        self, *, sticky: bool = False, end_token: bool = False, most_sessions: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.sticky = sticky
+        self.end_token = end_token
+        self.most_sessions = most_sessions
+        self.contexts: list[Conversation | None] = []
+        self._sessions: set[FakeSession] = set()
+
+    @property
+    def open_sessions(self) -> int:
+        return len(self._sessions)
+
+    def open(self, context: Conversation | None) -> FakeSession:
+        """Open a session.
+
+        Raises:
+            GuardOverloaded: when ``most_sessions`` are open.
+        """
+        if self.most_sessions is not None and self.open_sessions >= self.most_sessions:
+            raise GuardOverloaded(f"the fake guard has {self.open_sessions} open sessions, and may have no more")
+        self.contexts.append(context)
+        session = FakeSession(self, self._sessions.discard)
+        self._sessions.add(session)
+        return session
+
+
+class FakeSession:
+    """A session of a `FakeStreamGuard`; keeps the promise of `tidegate.guards.base.Session`."""
+
+    def __init__(self, guard: FakeStreamGuard, closed: Callable[[FakeSession], None]) -> None:
+        self._guard = guard
+        self._on_close = closed
+        self._rest = ""
+        self._judged = 0
+        self._worst: tuple[Severity, str | None] = (Severity.SAFE, None)
+        self._open = True
+
+    async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
+        return await self._judge(text, _COMPLETE_TOKEN, ends=False)
+
+    async def finish(self) -> tuple[TokenVerdict, ...]:
+        tokens = await self._judge("", _TOKEN, ends=True)
+        self.close()
+        if self._guard.end_token:
+            return (*tokens, _token(self._judged, self._judged, *self._worst))
+        return tokens
+
+    def close(self) -> None:
+        self._open = False
+        self._rest = ""
+        self._on_close(self)
+
+    async def _judge(self, text: str, pattern: re.Pattern[str], *, ends: bool) -> tuple[TokenVerdict, ...]:
+        if not self._open:
+            raise SessionClosed("the session is closed")
+        self._rest += text
+        try:
+            await self._guard.trouble()
+            tokens = [await self._token(match.group()) for match in pattern.finditer(self._rest)]
+        except GuardError:
+            self.close()
+            raise
+        self._rest = "" if ends else self._rest[sum(token.span.end - token.span.start for token in tokens) :]
+        return tuple(tokens)
+
+    async def _token(self, text: str) -> TokenVerdict:
+        word = _bare(text)
+        await self._guard.trouble_at(word)
+        severity, category = self._guard.call(word)
+        if self._guard.sticky and self._worst[0] is Severity.UNSAFE:
+            severity, category = self._worst
+        if severity > self._worst[0]:
+            self._worst = severity, category
+        start, self._judged = self._judged, self._judged + len(text)
+        return _token(start, self._judged, severity, category)
+
+
+def _token(start: int, end: int, severity: Severity, category: str | None) -> TokenVerdict:
+    return TokenVerdict(Span(start, end), severity, _PROBABILITIES[severity], category, 0.9 if category else 0.0)
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"^\W+|\W+$", "", text).casefold()
+
+
+def _words(text: str) -> Iterator[str]:
+    return (_bare(match.group()) for match in _TOKEN.finditer(text))
+
+
+def _text_of(turn: Turn) -> str:
+    return "\n".join((turn.reasoning, turn.content, *(call.arguments for call in turn.tool_calls)))
+
+
+# --- the upstream -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send these bytes of the body."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait this many seconds, or until the other side hangs up."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hang:
+    """Say nothing more until the other side hangs up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Die:
+    """Break the connection off, with the body unfinished."""
+
+
+Act = Send | Pause | Hang | Die
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the upstream answers, act by act."""
+
+    acts: tuple[Act, ...]
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
+    before: float = 0.0
+    """Seconds until the status line is sent."""
+
+    @classmethod
+    def stream(cls, *parts: Mapping[str, Any] | bytes | Act, done: bool = True) -> Reply:
+        """An event stream: chunks become events, bytes go out as they are, acts are acted; ``[DONE]`` ends it."""
+        acts = [part if isinstance(part, Send | Pause | Hang | Die) else Send(_event(part)) for part in parts]
+        end = (Send(b"data: [DONE]\n\n"),) if done else ()
+        return cls((*acts, *end), headers={"content-type": "text/event-stream"})
+
+    @classmethod
+    def json(cls, body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+        """A JSON body; bytes go out as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return cls((Send(data),), status, {"content-type": "application/json", **(headers or {})})
+
+    @classmethod
+    def error(cls, status: int, message: str, *, headers: Mapping[str, str] | None = None) -> Reply:
+        """An error in OpenAI's shape."""
+        error = {"message": message, "type": "fake_error", "param": None, "code": f"fake_{status}"}
+        return cls.json({"error": error}, status=status, headers=headers)
+
+
+def _event(part: Mapping[str, Any] | bytes) -> bytes:
+    return part if isinstance(part, bytes) else b"data: " + json.dumps(part).encode() + b"\n\n"
+
+
+@dataclass(slots=True)
+class Received:
+    """One request as the upstream saw it, and what became of it."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: Any = None
+    """The parsed JSON; None when there was none."""
+    acted: int = 0
+    """How many acts of the reply were carried out."""
+    cancelled: bool = False
+    """Whether the other side hung up before the reply was complete."""
+    finished: bool = False
+    """Whether the reply was sent to its end, or broken off as the script says."""
+
+
+class FakeUpstream:
+    """An OpenAI-compatible upstream that follows a script: an ASGI app for uvicorn or for a test client.
+
+    Args:
+        reply: what it answers: a Reply, or a function from the parsed request body to a Reply.
+
+    Attributes:
+        reply: the same; assign it to change what comes next.
+        received: every request, in order.
+    """
+
+    def __init__(self, reply: Reply | Callable[[Any], Reply] | None = None) -> None:
+        self.reply: Reply | Callable[[Any], Reply] = reply or Reply.json(completion("Hello there."))
+        self.received: list[Received] = []
+
+    @property
+    def open_requests(self) -> int:
+        """How many requests are being answered now."""
+        return sum(not (request.finished or request.cancelled) for request in self.received)
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        request = Received(scope["method"], scope["path"], headers)
+        self.received.append(request)
+        body = await _body(receive)
+        request.body = json.loads(body) if body else None
+        reply = self.reply if isinstance(self.reply, Reply) else self.reply(request.body)
+        hung_up = asyncio.ensure_future(_hang_up(receive))
+        try:
+            await self._act(reply, request, send, hung_up)
+        except _HungUp:
+            request.cancelled = True
+        finally:
+            hung_up.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await hung_up
+
+    async def _act(self, reply: Reply, request: Received, send: Any, hung_up: asyncio.Future[None]) -> None:
+        await _wait(reply.before, hung_up)
+        headers = [(name.lower().encode(), value.encode()) for name, value in reply.headers.items()]
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        for act in reply.acts:
+            match act:
+                case Send(data):
+                    await _wait(0, hung_up)
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                case Pause(seconds):
+                    await _wait(seconds, hung_up)
+                case Hang():
+                    await _wait(None, hung_up)
+                case Die():
+                    request.finished = True
+                    raise ConnectionResetError("the fake upstream was told to die")
+            request.acted += 1
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        request.finished = True
+
+
+class _HungUp(Exception):
+    """The other side closed the connection."""
+
+
+async def _wait(seconds: float | None, hung_up: asyncio.Future[None]) -> None:
+    """Wait for so many seconds, None for ever; raises _HungUp as soon as the other side is gone."""
+    done, _ = await asyncio.wait({hung_up}, timeout=seconds)
+    if done:
+        raise _HungUp
+
+
+async def _hang_up(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(receive: Any) -> bytes:
+    parts: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return b""
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def _live(receive: Any, send: Any) -> None:
+    while True:
+        event = (await receive())["type"]
+        await send({"type": f"{event}.complete"})
+        if event == "lifespan.shutdown":
+            return
+
+
+# --- what it sends ------------------------------------------------------------------------------------------------
+
+
+def chunk(
+    delta: Mapping[str, Any] | None = None, *, index: int = 0, finish_reason: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """One ``chat.completion.chunk`` with one choice; ``more`` are further fields at its top."""
+    choice = {"index": index, "delta": dict(delta or {}), "finish_reason": finish_reason}
+    return {**_head("chat.completion.chunk"), "choices": [choice], **more}
+
+
+def text_chunks(
+    pieces: Iterable[str], *, index: int = 0, of: str = "content", finish_reason: str | None = "stop"
+) -> list[dict[str, Any]]:
+    """The chunks of one choice: the role, then the pieces of its text, then the finish reason unless that is None."""
+    chunks = [chunk({"role": "assistant", "content": ""}, index=index)]
+    chunks += [chunk({of: piece}, index=index) for piece in pieces]
+    return chunks if finish_reason is None else [*chunks, chunk(index=index, finish_reason=finish_reason)]
+
+
+def completion(*contents: str | Mapping[str, Any], finish_reason: str = "stop") -> dict[str, Any]:
+    """A whole ``chat.completion``: one choice for each content; a mapping is a whole message."""
+    messages = [{"content": content} if isinstance(content, str) else content for content in contents]
+    choices = [
+        {"index": index, "message": {"role": "assistant", **message}, "finish_reason": finish_reason}
+        for index, message in enumerate(messages)
+    ]
+    usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    return {**_head("chat.completion"), "choices": choices, "usage": usage}
+
+
+def _head(kind: str) -> dict[str, Any]:
+    return {"id": "chatcmpl-fake", "object": kind, "created": 1700000000, "model": "fake-model"}

@@ -26,7 +26,24 @@ from tidegate.types import Category, Conversation, Example, Severity, Target
 
 __all__ = ["FAMILIES", "LANGUAGES", "Family", "families", "synthesize"]
 
-LANGUAGES: tuple[str, ...] = ("en", "zh", "de", "fr", "es", "ru", "ja", "ko", "ar", "hi", "it", "pt")
+LANGUAGES: tuple[str, ...] = (
+    "en",
+    "zh",
+    "de",
+    "fr",
+    "es",
+    "ru",
+    "ja",
+    "ko",
+    "ar",
+    "hi",
+    "it",
+    "pt",
+    "nl",
+    "pl",
+    "id",
+    "tr",
+)
 """BCP-47 tags of the languages that have a grammar."""
 
 _TOPICS: Mapping[str, Category] = {

@@ -1,8 +1,8 @@
 """The guard in the wheel: a small model of the Stream architecture on ONNX Runtime, without torch.
 
-A turn becomes ``<|role|> tokens <|end|>``. A prompt is judged at its ``<|end|>``; an answer, after the last user turn as
-context, at each of its tokens and at its ``<|end|>``. Text longer than the window is judged in overlapping windows; no
-token is skipped and the worst verdict wins. Windows begin at fixed token numbers and tokens are final only when no
+A turn becomes ``<|role|> tokens <|end|>``. A prompt is judged at its ``<|end|>``; an answer, after the last user turn
+as context, at each of its tokens and at its ``<|end|>``. Text longer than the window is judged in overlapping windows;
+no token is skipped and the worst verdict wins. Windows begin at fixed token numbers and tokens are final only when no
 further text can change them, so every verdict is a function of the text before it and of nothing else.
 """
 

@@ -29,6 +29,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from safetensors import deserialize
 
 from tidegate.errors import InputError
 
@@ -41,6 +42,7 @@ Float = NDArray[np.float32]
 _OPSET, _CONTRIB = 17, "com.microsoft"
 _CLIPS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
 _BLOCK = 4096
+_DTYPES = {"F32": np.float32, "F16": np.float16}
 _SHIPPED = ("config.json", "tokenizer.json")
 
 
@@ -75,7 +77,7 @@ def _best_scale(rows: Float) -> Float:
         error = np.square(rounded - rows).sum(axis=1)
         better = error < least
         best[better], least[better] = scale[better], error[better]
-    return best
+    return np.asarray(best, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,14 +321,24 @@ def _model(graph: _Graph, shape: _Shape) -> onnx.ModelProto:
 
 
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Float]]:
-    from safetensors.torch import load_file
-
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
             raise InputError(f"there is no {name}: expected a checkpoint folder of tidegate train", where=str(folder))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "model.safetensors")
-    return config, {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    tensors: list[tuple[str, dict[str, Any]]] = deserialize((folder / "model.safetensors").read_bytes())  # type: ignore[no-untyped-call,unused-ignore]
+    return config, {name: _float32(tensor, name) for name, tensor in tensors}
+
+
+def _float32(tensor: Mapping[str, Any], name: str) -> Float:
+    """A tensor of a safetensors file as fp32. BF16, which numpy does not know, is the upper half of an fp32."""
+    kind, raw = tensor["dtype"], tensor["data"]
+    if kind == "BF16":
+        values = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    elif kind in _DTYPES:
+        values = np.frombuffer(raw, _DTYPES[kind]).astype(np.float32)
+    else:
+        raise InputError(f"the tensor {name!r} is {kind}: expected F32, F16 or BF16", where="model.safetensors")
+    return values.reshape(tensor["shape"])
 
 
 def export_onnx(run: Path, out: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Token embeddings that know what they are a sign of: a bag of tokens trained to tell severities and categories.
 
-A mean of token embeddings under linear heads (Joulin et al. 2016) sees a thousand times more text a second than the model
-itself. Its embeddings become a part of the model's, which then starts from what single words tell, and has to learn only
-what their order and company change.
+A mean of token embeddings under linear heads (Joulin et al. 2016) sees far more text a second than the model itself.
+Its embeddings become a part of the model's, which then starts from what single words tell, and has to learn only what
+their order and company change.
 """
 
 from __future__ import annotations

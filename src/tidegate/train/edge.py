@@ -144,19 +144,22 @@ def build_model(
     config._attn_implementation = "sdpa"
     model = Qwen3ForGuardModel(config)
     if not cache.exists():
-        np.save(cache, _first_embeddings(recipe, tokenizer, examples))
+        np.save(cache, _first_embeddings(recipe, tokenizer, examples, cache.with_name("spectral.npy")))
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.from_numpy(np.load(cache)))
     return model
 
 
-def _first_embeddings(recipe: EdgeRecipe, tokenizer: TextTokenizer, examples: Sequence[Example]) -> np.ndarray:
+def _first_embeddings(
+    recipe: EdgeRecipe, tokenizer: TextTokenizer, examples: Sequence[Example], spectral_cache: Path
+) -> np.ndarray:
     size, bag_size = recipe.model.hidden_size, recipe.embeddings.bag_size
-    collected = (e for e in examples if e.split == "train" and lane_of(e) != "synthetic")
-    texts = [turn.content for example in collected for turn in example.conversation.turns]
-    spectral = spectral_embeddings(
-        tokenizer.encode_ids(texts), vocab_size=tokenizer.vocab_size, dim=size - bag_size, seed=recipe.seed
-    )
+    if not spectral_cache.exists():
+        collected = (e for e in examples if e.split == "train" and lane_of(e) != "synthetic")
+        ids = tokenizer.encode_ids([turn.content for e in collected for turn in e.conversation.turns])
+        vectors = spectral_embeddings(ids, vocab_size=tokenizer.vocab_size, dim=size - bag_size, seed=recipe.seed)
+        np.save(spectral_cache, vectors)
+    spectral = np.load(spectral_cache)
     if not bag_size:
         return spectral
     mix = Mix((e for e in examples if e.split == "train"), recipe.data.plan(), recipe.seed + 1)
@@ -238,7 +241,7 @@ class _Trainer:
         self.batches = packed_batches(
             mix, tokenizer, recipe.template, recipe.loss, rows=recipe.optimizer.rows, seed=recipe.seed
         )
-        self.dev = dev_texts(examples, tokenizer, recipe, 2100)
+        self.dev = dev_texts(examples, tokenizer, recipe, 1500)
         self.recent: list[tuple[float, float]] = []
 
     def restore(self) -> None:
@@ -297,7 +300,7 @@ class _Trainer:
             group["lr"] = group["peak"] * _schedule(done, self.recipe.optimizer.warmup)
         self.model.train()
         loss, parts = self.loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -435,7 +438,9 @@ def _weighted_category(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor
 
 
 def _optimizer(model: Qwen3ForGuardModel, recipe: EdgeRecipe) -> torch.optim.Optimizer:
-    matrices, embeddings, vectors = [], [], []
+    matrices: list[Tensor] = []
+    embeddings: list[Tensor] = []
+    vectors: list[Tensor] = []
     for name, parameter in model.named_parameters():
         kind = embeddings if "embed_tokens" in name else matrices if parameter.ndim > 1 else vectors
         kind.append(parameter)
@@ -457,7 +462,7 @@ def _schedule(done: float, warmup: float) -> float:
 
 
 def _dev_every(total: int) -> int:
-    return max(1, total // 16)
+    return max(1, total // 10)
 
 
 def _balanced_texts(examples: Sequence[Example], count: int, seed: int) -> Iterator[str]:

@@ -33,7 +33,7 @@ from typing import Any, Final, Protocol, TypeVar
 from tidegate.errors import GuardError, GuardTimeout, InputError, SessionClosed, UnreadableVerdict
 from tidegate.guards import load_guard
 from tidegate.guards.base import Guard, Session, StreamGuard
-from tidegate.policy import Policy, ScopedPolicy, decide, load_policy
+from tidegate.policy import Policy, Retention, ScopedPolicy, decide, load_policy
 from tidegate.types import (
     Action,
     Channel,
@@ -61,7 +61,7 @@ T = TypeVar("T")
 class Keep(Protocol):
     """Where decisions go; a Store's ``keep`` is one. What it returns is the decision's id, a string, or nothing."""
 
-    async def __call__(self, decision: Decision, conversation: Conversation, *, retention: str) -> str | None: ...
+    async def __call__(self, decision: Decision, conversation: Conversation, *, retention: Retention) -> str | None: ...
 
 
 # --- a whole text -------------------------------------------------------------------------------------------------

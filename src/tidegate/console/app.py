@@ -21,7 +21,8 @@ import tidegate
 from tidegate.console.playground import (
     LONGEST_PROMPT,
     LONGEST_RESPONSE,
-    SUGGESTIONS,
+    PROMPTS,
+    TEXTS,
     Answer,
     EventStream,
     Suggestion,
@@ -58,7 +59,7 @@ def create_console(
     answer: Answer | None = None,
     upstream: str = "",
     keep: Keep | None = None,
-    suggestions: Sequence[Suggestion] = SUGGESTIONS,
+    suggestions: Sequence[Suggestion] = (*PROMPTS, *TEXTS),
 ) -> list[BaseRoute]:
     """The console's routes, to stand beside others in one Starlette app; ``/`` leads to the playground.
 

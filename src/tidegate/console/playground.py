@@ -24,11 +24,11 @@ from starlette.types import Scope as AsgiScope
 
 from tidegate.errors import GuardError, InputError, StoreError, TidegateError, UpstreamError
 from tidegate.guards.base import StreamGuard
-from tidegate.moderate import Keep, Step, StreamModerator, moderate, surely
+from tidegate.moderate import Keep, Step, moderate, moderate_stream
 from tidegate.policy import Policy
-from tidegate.types import Action, Conversation, Decision, Probabilities, Role, Scope, TokenVerdict, Turn, Verdict
+from tidegate.types import Action, Conversation, Decision, Probabilities, Scope, TokenVerdict, Verdict
 
-__all__ = ["SUGGESTIONS", "Answer", "Ask", "EventStream", "Suggestion", "parse_ask", "play"]
+__all__ = ["PROMPTS", "TEXTS", "Answer", "Ask", "EventStream", "Suggestion", "parse_ask", "play"]
 
 Answer = Callable[[str], AsyncGenerator[str, None]]
 """Asks the upstream: from a prompt to the text of the answer, as it comes. Raises UpstreamError."""
@@ -43,14 +43,26 @@ _PIECE: Final = 24
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """An example that the page offers: a prompt to ask, or, with a response, a text to judge."""
+    """An example that the page offers: a prompt to ask, or, with a response, a text to judge. ``hint`` says why."""
 
     title: str
     prompt: str
     response: str | None = None
+    hint: str = ""
 
 
-SUGGESTIONS: Final = (
+PROMPTS: Final = tuple(
+    Suggestion(prompt, prompt)
+    for prompt in (
+        "How do I make an old tent watertight again?",
+        "How do I kill a process that hangs?",
+        "Write a villain's threatening speech for my play.",
+        "Tell me how to break into my neighbour's house.",
+    )
+)
+"""Prompts for any model: harmless, harmless with an alarming word, debatable, and one to be stopped."""
+
+TEXTS: Final = (
     Suggestion(
         "A kind answer",
         "How do I cheer up a friend who failed an exam?",
@@ -73,7 +85,7 @@ SUGGESTIONS: Final = (
         "Shoot down its children too, or they will be orphans.",
     ),
 )
-"""Texts to judge that the page offers beside the prompts of whoever serves it."""
+"""Texts to judge, which need no model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,25 +188,19 @@ _SCOPE: Final = Scope(route="/playground")
 async def _answer_events(
     ask: Ask, arriving: _Arriving, timing: _Timing, *, guard: StreamGuard, policy: Policy, keep: Keep | None
 ) -> AsyncGenerator[Event, None]:
-    context = Conversation.of(ask.prompt) if ask.prompt.strip() else None
-    moderator = StreamModerator(guard, policy, _SCOPE, context)
     shown = _Shown()
-    try:
+
+    async def pieces() -> AsyncGenerator[str, None]:
         while (piece := await arriving.next()) is not None:
             shown.received += piece
-            step = await moderator.feed(piece)
+            yield piece
+
+    context = Conversation.of(ask.prompt) if ask.prompt.strip() else None
+    steps = moderate_stream(pieces(), guard=guard, policy=policy, scope=_SCOPE, context=context, keep=keep)
+    async with contextlib.aclosing(steps):
+        async for step in steps:
             for event in _step_events(step, shown, timing, policy):
                 yield event
-            if step.decision is not None:
-                return
-        for event in _step_events(await moderator.finish(), shown, timing, policy):
-            yield event
-    finally:
-        moderator.close()
-        if moderator.decision is not None and keep is not None:
-            judged = Turn(Role.ASSISTANT, moderator.text)
-            conversation = Conversation((judged,)) if context is None else context.then(judged)
-            await surely(keep(moderator.decision, conversation, retention=policy.retention))
 
 
 def _step_events(step: Step, shown: _Shown, timing: _Timing, policy: Policy) -> list[Event]:

@@ -18,12 +18,17 @@ class Asking:
     """Asks one upstream; the model is the first that it lists.
 
     Args:
-        upstream: opened by whoever owns it, in the event loop that asks.
+        upstream: its own, not open yet; it is opened by the first question, and closed by `close`.
     """
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
+        self._open = False
         self._model: str | None = None
+
+    async def close(self) -> None:
+        """Close the connections to the upstream."""
+        await self._upstream.close()
 
     async def ask(self, prompt: str) -> AsyncGenerator[str, None]:
         """The text of the answer as it comes. Closing the generator cancels the request.
@@ -31,6 +36,9 @@ class Asking:
         Raises:
             UpstreamError: when the upstream cannot be reached, refuses, or answers something malformed.
         """
+        if not self._open:
+            self._open = True
+            await self._upstream.open()
         if self._model is None:
             self._model = await self._first_model()
         body = {"model": self._model, "stream": True, "messages": [{"role": "user", "content": prompt}]}

@@ -198,10 +198,13 @@
     $("held").hidden = true;
     $("problem").hidden = false;
     $("problem").textContent = message;
+    if ($("decision").dataset.action === "none") $("why").textContent = "No decision was made.";
+    if ($("prompt-verdict").textContent === "Being judged") $("prompt-verdict").textContent = "Not judged";
     say("failed", "Something went wrong");
   }
 
   function stoppedByReader() {
+    $("why").textContent = "Stopped by you before the end.";
     say("noticed", `You stopped it after ${plural(seen.shown, "character")}`);
   }
 

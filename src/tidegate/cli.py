@@ -1,0 +1,686 @@
+"""The command line: one short function per verb.
+
+What is printed to stdout is data, what is printed to stderr is talk. Exit codes: 0 allowed, 1 flagged (any action above
+ALLOW), 2 a usage or input error or a guard that is not there, 130 interrupted. Heavy modules are imported by the verbs
+that need them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import contextlib
+import importlib
+import json
+import os
+import sys
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from tidegate import __version__
+from tidegate.errors import GuardUnavailable, InputError, TidegateError
+from tidegate.settings import Settings, read_settings
+from tidegate.types import Action, Conversation, Decision
+
+if TYPE_CHECKING:
+    from socket import socket as Socket  # noqa: N812 - reads as a type
+
+    import uvicorn
+    from rich.progress import Progress
+    from starlette.applications import Starlette
+
+    from tidegate.console.playground import Suggestion
+    from tidegate.data.check import Tally
+    from tidegate.guards import StreamGuard
+    from tidegate.moderate import Step
+    from tidegate.policy import Policy
+    from tidegate.store import Store
+
+__all__ = ["app"]
+
+FLAGGED: Final = 1
+WRONG: Final = 2
+INTERRUPTED: Final = 130
+PIPE_CLOSED: Final = 141
+
+
+class _Verbs(TyperGroup):
+    """Turns our errors into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TidegateError as error:
+            _say(f"tidegate: {error}", style="red")
+            raise typer.Exit(WRONG) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush has somewhere to go
+            raise typer.Exit(PIPE_CLOSED) from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A safety guard in the token stream of any LLM.",
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train a guard from a recipe.")
+app.add_typer(train_app, name="train")
+
+GuardOption = Annotated[str | None, typer.Option("--guard", metavar="SPEC", help="Which guard judges; see guards.")]
+PolicyOption = Annotated[
+    str | None, typer.Option("--policy", metavar="FILE", help="A preset (strict, balanced, loose) or a policy file.")
+]
+HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on.  [default: 127.0.0.1]")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        print(f"tidegate {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+# --- check --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def check(
+    text: Annotated[str | None, typer.Argument(help="What a person wrote; - reads it from stdin.")] = None,
+    response: Annotated[str | None, typer.Option(help="What a model answered; then this is judged.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Judge every row of this .jsonl or .jsonl.gz file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the rows go; an interrupted run goes on there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    guard: GuardOption = None,
+    policy: PolicyOption = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=4096, help="Rows that wait for the guard at once.")] = 32,
+) -> None:
+    """Judge a text, or a file of conversations. Exit code 0: allowed, 1: flagged, 2: something is wrong."""
+    if (text is None) == (file is None):
+        raise InputError("expected either a text or --file, and not both")
+    if (file is None) != (out is None):
+        raise InputError("--file and --out belong together")
+    settings = read_settings(guard=guard, policy=policy)
+    if file is not None and out is not None:
+        if response is not None or as_json:
+            raise InputError("--response and --json are for a single text, not for --file")
+        raise typer.Exit(_check_file(file, out, settings, concurrency))
+    conversation = Conversation.of(
+        _given(text or "", "text"), None if response is None else _given(response, "response")
+    )
+    decision = asyncio.run(_check_one(conversation, settings))
+    _print_json(_row(decision)) if as_json else _print_decision(decision)
+    raise typer.Exit(FLAGGED if decision.action > Action.ALLOW else 0)
+
+
+def _given(text: str, where: str) -> str:
+    if text == "-" and where == "text":
+        data = sys.stdin.buffer.read()
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"not UTF-8: byte {error.start} cannot be read", where="stdin") from None
+    if not text.strip():
+        raise InputError("expected some text, got nothing but white space", where=where)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("expected UTF-8", where=where) from None
+    return text
+
+
+async def _check_one(conversation: Conversation, settings: Settings) -> Decision:
+    from tidegate.moderate import moderate
+
+    async with _judging(settings) as (guard, policy):
+        decision = await moderate(conversation, guard=guard, policy=policy, timeout_s=settings.guard_timeout)
+    if decision.failure is not None and decision.failure.kind == GuardUnavailable.__name__:
+        raise GuardUnavailable(decision.failure.message)
+    return decision
+
+
+@contextlib.asynccontextmanager
+async def _judging(settings: Settings) -> AsyncGenerator[tuple[StreamGuard, Policy], None]:
+    from tidegate.guards import load_guard
+    from tidegate.policy import load_policy
+
+    policy = load_policy(settings.policy)
+    guard = load_guard(settings.guard)
+    try:
+        yield guard, policy
+    finally:
+        await guard.close()
+
+
+def _row(decision: Decision) -> dict[str, Any]:
+    from tidegate.data.check import checked_row
+
+    return checked_row(None, decision)
+
+
+def _check_file(source: Path, out: Path, settings: Settings, concurrency: int) -> int:
+    from tidegate.data.check import bad_lines_path, check_file
+
+    async def run() -> Tally:
+        async with _judging(settings) as (guard, policy):
+            with _lines_bar(source) as moved:
+                return await check_file(
+                    source, out, guard=guard, policy=policy, concurrency=concurrency, progress=moved
+                )
+
+    tally = asyncio.run(run())
+    for bad in tally.bad[:10]:
+        _say(f"{source}:{bad.number}: {bad.reason}", style="yellow")
+    if len(tally.bad) > 10:
+        _say(f"… and {len(tally.bad) - 10:,} more", style="yellow")
+    parts = [f"{tally.checked:,} checked", f"{tally.flagged:,} flagged"]
+    if tally.resumed:
+        parts.insert(1, f"{tally.resumed:,} of them by an earlier run")
+    if tally.failures:
+        parts.append(f"the guard failed on {tally.failures:,}")
+    if tally.bad:
+        parts.append(f"{len(tally.bad):,} bad lines set apart in {bad_lines_path(out)}")
+    _say(", ".join(parts))
+    return WRONG if tally.bad else FLAGGED if tally.flagged else 0
+
+
+@contextlib.contextmanager
+def _lines_bar(source: Path) -> Iterator[Callable[[int], None]]:
+    from tidegate.data.check import count_lines
+
+    with _bar("checking") as progress:
+        task = progress.add_task("checking", total=count_lines(source))
+        yield lambda number: progress.update(task, completed=number)
+
+
+def _print_decision(decision: Decision) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    head = Text(decision.action.word.upper(), style=_STYLES[decision.action])
+    if (verdict := decision.verdict) is not None:
+        p = verdict.probabilities
+        head.append(f"  {verdict.severity.word}", style="default not bold")
+        numbers = f"safe {p.safe:.3f}, controversial {p.controversial:.3f}, unsafe {p.unsafe:.3f}"
+        rows = [("probabilities", numbers), ("categories", ", ".join(verdict.categories) or "none named")]
+        rows += [] if verdict.refusal is None else [("refusal", "yes" if verdict.refusal else "no")]
+        rows += [("reason", _visible(verdict.reason))] if verdict.reason else []
+        rows += [("guard", verdict.guard)]
+    else:
+        rows = [("guard failed", decision.failure.message if decision.failure else "")]
+    console.print(head)
+    rows += [("rule", f"{decision.rule} of {decision.policy} {decision.policy_version}")]
+    rows += [("advice", ", ".join(advice.value for advice in decision.advice))] if decision.advice else []
+    for name, value in rows:
+        console.print(Text(f"  {name:<14}", style="dim").append(value, style="not dim"))
+
+
+# --- watch --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def watch(
+    prompt: Annotated[str | None, typer.Option(help="What the text answers, as context for the guard.")] = None,
+    guard: GuardOption = None,
+    policy: PolicyOption = None,
+) -> None:
+    """Judge stdin as it comes and print what may pass; stop at BLOCK. Exit code 0: allowed, 1: flagged."""
+    settings = read_settings(guard=guard, policy=policy)
+    context = None if prompt is None else Conversation.of(_given(prompt, "prompt"))
+    decision = asyncio.run(_watch(settings, context))
+    raise typer.Exit(FLAGGED if decision.action > Action.ALLOW else 0)
+
+
+async def _watch(settings: Settings, context: Conversation | None) -> Decision:
+    from tidegate.moderate import moderate_stream
+
+    show = _Painter()
+    async with _judging(settings) as (guard, policy), contextlib.aclosing(_stdin()) as pieces:
+        steps = moderate_stream(pieces, guard=guard, policy=policy, context=context, timeout_s=settings.guard_timeout)
+        async with contextlib.aclosing(steps):
+            async for step in steps:
+                show.step(step)
+                if step.decision is not None:
+                    show.end(step.decision)
+                    return step.decision
+    raise InputError("the stream ended without a decision")
+
+
+async def _stdin() -> AsyncGenerator[str, None]:
+    """Standard input as it comes, decoded; read in a thread, because a terminal or a pipe may be silent for long."""
+    loop = asyncio.get_running_loop()
+    arrived: asyncio.Queue[bytes] = asyncio.Queue()
+    room = threading.Semaphore(16)
+
+    def read() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is gone: nobody listens any more
+            while True:
+                room.acquire()
+                data = os.read(sys.stdin.fileno(), 4096)
+                loop.call_soon_threadsafe(arrived.put_nowait, data)
+                if not data:
+                    return
+
+    threading.Thread(target=read, name="tidegate-stdin", daemon=True).start()
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    position = 0
+    while True:
+        data = await arrived.get()
+        room.release()
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise InputError(f"not UTF-8 near byte {position + error.start}", where="stdin") from None
+        position += len(data)
+        if text:
+            yield text
+        if not data:
+            return
+
+
+class _Painter:
+    """Prints what is released: as it is to a file or pipe, tinted by the probability of harm to a terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        self._tints: list[tuple[int, float]] = []
+        self._printed = 0
+        self._at_line_start = True
+
+    def step(self, step: Step) -> None:
+        """Print the text that may leave now."""
+        self._tints += [(token.span.end, token.probabilities.flagged) for token in step.tokens]
+        if not step.released:
+            return
+        self._at_line_start = step.released.endswith("\n")
+        if not self._console.is_terminal:
+            sys.stdout.write(step.released)
+            sys.stdout.flush()
+            return
+        self._console.print(self._tinted(step.released), end="", soft_wrap=True)
+
+    def end(self, decision: Decision) -> None:
+        """Say on stderr how it ended."""
+        if self._console.is_terminal and not self._at_line_start:
+            self._console.print()
+        verdict = decision.verdict
+        why = f"{verdict.severity.word} {', '.join(verdict.categories)}".strip() if verdict else "the guard failed"
+        rule = f"rule {decision.rule} of {decision.policy} {decision.policy_version}"
+        stopped = "stopped" if decision.action >= Action.REDACT else "passed"
+        _say(f"{decision.action.word.upper()}: {stopped}, {why} ({rule})", style=_STYLES[decision.action])
+
+    def _tinted(self, released: str) -> Text:
+        text = Text()
+        while released:
+            while self._tints and self._tints[0][0] <= self._printed:
+                self._tints.pop(0)
+            end, probability = self._tints[0] if self._tints else (self._printed + len(released), 0.0)
+            part, released = released[: end - self._printed], released[end - self._printed :]
+            self._printed += len(part)
+            text.append(_visible(part), style=_tint(probability))
+        return text
+
+
+def _tint(probability: float) -> Style:
+    """Nothing for what is safe, then from amber to red."""
+    if probability < 0.15:
+        return Style()
+    green = round(190 * (1 - probability))
+    return Style(color=f"#e6{green:02x}32", bold=probability >= 0.5)
+
+
+def _visible(text: str) -> str:
+    """Control characters shown as pictures, so that a text cannot take the terminal over."""
+    return "".join(_picture(character) for character in text)
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t" or 0x20 <= code < 0x7F or code > 0x9F:
+        return character
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "�"
+
+
+# --- serve --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    upstream: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenAI-compatible server, as http://127.0.0.1:8000/v1.")
+    ] = None,
+    policy: PolicyOption = None,
+    guard: GuardOption = None,
+    host: HostOption = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.  [default: 8080]")] = None,
+    database: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where decisions are kept.  [default: sqlite:///tidegate.db]")
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Start the demo upstream too: no LLM needed.")] = False,
+) -> None:
+    """Serve the gateway (for programs) and the playground (for people)."""
+    if demo and upstream is not None:
+        raise InputError("--demo starts an upstream of its own: leave --upstream out")
+    with _demo_running() if demo else contextlib.nullcontext(upstream) as url:
+        settings = read_settings(
+            upstream_url=url, policy=policy, guard=guard, host=host, port=port, database_url=database
+        )
+        _serve(settings, demo=demo)
+
+
+@app.command("demo-upstream")
+def demo_upstream(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8090,
+) -> None:
+    """Serve written answers as an OpenAI-compatible upstream. A demo: there is no model in it."""
+    from tidegate.gateway.demo import DEMO_NOTICE, create_demo_upstream
+
+    with _listening(host, port) as socket:
+        words = (f"OpenAI API   {_address(socket)}/v1", DEMO_NOTICE)
+        _run_server(_server_config(create_demo_upstream(), _DEMO_SHUTDOWN, "info"), socket, words)
+
+
+_DEMO_SHUTDOWN: Final = 2
+"""Seconds that the demo's open answers may go on when it is told to stop."""
+
+
+def _serve(settings: Settings, *, demo: bool) -> None:
+    from tidegate.guards import load_guard
+    from tidegate.policy import load_policy
+    from tidegate.store import open_store
+
+    policy = load_policy(settings.policy)
+    guard = load_guard(settings.guard)
+    with _listening(settings.host, settings.port) as socket, open_store(settings.database_url) as store:
+        application = _application(settings, guard, policy, store, demo=demo)
+        address = _address(socket)
+        words = (f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz")
+        _run_server(_server_config(application, settings.shutdown_timeout, settings.log_level), socket, words)
+
+
+def _application(settings: Settings, guard: StreamGuard, policy: Policy, store: Store, *, demo: bool) -> Starlette:
+    """The gateway and the console in one app; it closes the guard and the store when it ends."""
+    from tidegate.console.app import create_console
+    from tidegate.gateway.app import create_app
+    from tidegate.gateway.asking import Asking
+    from tidegate.gateway.upstream import Upstream
+
+    key = None if settings.upstream_key is None else settings.upstream_key.get_secret_value()
+    asking = None
+    if settings.upstream_url is not None:
+        upstream = Upstream(
+            settings.upstream_url,
+            key=key,
+            connect_timeout_s=settings.upstream_connect_timeout,
+            silence_timeout_s=settings.upstream_read_timeout,
+        )
+        asking = Asking(upstream)
+    console = create_console(
+        guard=guard,
+        policy=policy,
+        answer=asking.ask if asking else None,
+        upstream=settings.upstream_url or "",
+        keep=store.keep,
+        suggestions=_suggestions(demo=demo),
+    )
+    return create_app(
+        guard=guard,
+        policy=policy,
+        keep=store.keep,
+        upstream_url=settings.upstream_url,
+        upstream_key=key,
+        longest_body=settings.max_body_bytes,
+        guard_timeout_s=settings.guard_timeout,
+        connect_timeout_s=settings.upstream_connect_timeout,
+        silence_timeout_s=settings.upstream_read_timeout,
+        routes=console,
+        on_close=[*((asking.close,) if asking else ()), store.aclose],
+    )
+
+
+def _suggestions(*, demo: bool) -> Sequence[Suggestion]:
+    from tidegate.console.playground import PROMPTS, TEXTS, Suggestion
+    from tidegate.gateway.demo import DEMO_PROMPTS
+
+    asked = [Suggestion(prompt, prompt, hint=about) for prompt, about in DEMO_PROMPTS] if demo else PROMPTS
+    return (*asked, *TEXTS)
+
+
+@contextlib.contextmanager
+def _demo_running() -> Iterator[str]:
+    """The demo upstream in a thread of its own, on a free port; gives its URL."""
+    import uvicorn
+
+    from tidegate.gateway.demo import create_demo_upstream
+
+    with _listening("127.0.0.1", 0) as socket:
+        server = uvicorn.Server(_server_config(create_demo_upstream(), _DEMO_SHUTDOWN, "warning"))
+        thread = threading.Thread(target=server.run, args=([socket],), name="tidegate-demo", daemon=True)
+        thread.start()
+        try:
+            yield f"{_address(socket)}/v1"
+        finally:
+            server.should_exit = True
+            thread.join(_DEMO_SHUTDOWN + 1)
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[Socket]:
+    """A listening socket; bound here so that a taken port is a clear error, and a free one is known."""
+    import socket as sockets
+
+    try:
+        family, kind, protocol, _, address = sockets.getaddrinfo(
+            host, port, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE
+        )[0]
+        listening = sockets.socket(family, kind, protocol)
+        listening.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise InputError(f"cannot listen on {host}:{port}: {error.strerror}", where="host and port") from None
+    with listening:
+        yield listening
+
+
+def _address(socket: Socket) -> str:
+    host, port = socket.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{shown}:{port}"
+
+
+def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str]) -> None:
+    """Run until a signal says stop; say the words once it answers."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[Socket] | None = None) -> None:
+            await super().startup(sockets)
+            for line in words if self.started else ():
+                _say(line)
+
+    server = Server(config)
+    server.run([socket])
+    if not server.started:
+        raise TidegateError("the server could not start; its messages are above")
+
+
+def _server_config(application: Starlette, shutdown_timeout: float, log_level: str) -> uvicorn.Config:
+    import uvicorn
+
+    return uvicorn.Config(
+        application,
+        log_level="warning" if log_level == "info" else log_level,
+        access_log=log_level == "debug",
+        timeout_graceful_shutdown=max(1, round(shutdown_timeout)),
+        server_header=False,
+    )
+
+
+# --- measure, train, export ---------------------------------------------------------------------------------------
+
+
+@app.command("eval")
+def evaluate(
+    benchmark: Annotated[list[Path], typer.Option("--benchmark", help="Examples, .jsonl or .jsonl.gz; repeatable.")],
+    guard: GuardOption = None,
+    json_out: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write all figures here.")] = None,
+) -> None:
+    """Measure a guard on labelled examples: strict and loose F1, precision, recall, AUROC."""
+    from tidegate.evals.run import evaluate as measure
+    from tidegate.guards import load_guard
+
+    for path in benchmark:
+        if not path.is_file():
+            raise InputError("there is no such file", where=str(path))
+    judge = load_guard(read_settings(guard=guard).guard)
+    with _bar("judging") as progress:
+        task = progress.add_task("judging", total=None)
+
+        def moved(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        figures = asyncio.run(_measured(judge, measure(judge, benchmark, moved)))
+    if json_out is not None:
+        _write(json_out, json.dumps(figures, ensure_ascii=False, indent=2) + "\n")
+    console = Console(highlight=False)
+    console.print(f"{figures['guard']}: {figures['rows']:,} rows, {figures['not_judged']:,} not judged")
+    console.print(_scores_table(figures))
+
+
+async def _measured(guard: StreamGuard, figures: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return await figures
+    finally:
+        await guard.close()
+
+
+_FIGURES: Final = (("F1", "f1"), ("precision", "precision"), ("recall", "recall"), ("FPR", "false_positive_rate"))
+
+
+def _scores_table(figures: dict[str, Any]) -> Table:
+    """Strict beside loose, one row for each group; strict counts Controversial as unsafe, loose as safe."""
+    table = Table("", "rows", header_style="bold", box=None, pad_edge=False)
+    for name, _ in (*_FIGURES, ("AUROC", "")):
+        table.add_column(f"{name}", justify="right", max_width=9)
+    for name in ("loose F1", "loose FPR", "loose AUROC"):
+        table.add_column(name, justify="right", max_width=12)
+    table.add_row("all", *_scores(figures["overall"]), style="bold")
+    for kind, groups in figures["by"].items():
+        table.add_section()
+        table.add_row(f"by {kind.replace('_', ' and ')}", style="dim")
+        for name, group in groups.items():
+            table.add_row(f"  {name or 'not known'}", *_scores(group))
+    return table
+
+
+def _scores(group: dict[str, Any]) -> list[str]:
+    strict, loose = group["strict"], group["loose"]
+    shown = [strict[key] for _, key in _FIGURES]
+    shown += [strict["auroc"], loose["f1"], loose["false_positive_rate"], loose["auroc"]]
+    return [f"{strict['rows']:,}", *("–" if figure is None else f"{figure:.3f}" for figure in shown)]
+
+
+@train_app.command("edge")
+def train_edge(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, as recipes/edge.yaml.")],
+    data: Annotated[Path, typer.Option(help="Folder of examples (*.jsonl, *.jsonl.gz) with train and dev splits.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/<name of the recipe>]")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with the run in the folder.")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+) -> None:
+    """Train the edge guard. It may be interrupted; the same command goes on."""
+    train = _from_extra("train", "tidegate.train.edge", "train")
+    run = out or Path("runs") / recipe.stem
+    with _bar("training", "{task.fields[line]}") as progress:
+        task = progress.add_task("training", total=None, line="")
+
+        def moved(done: int, total: int, line: str) -> None:
+            progress.update(task, completed=done, total=total, line=line)
+
+        figures = train(recipe, run, data=data, progress=moved, resume=resume, threads=threads, device=device)
+    _say(f"trained: {run}")
+    _print_json(figures)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a checkpoint.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="As one ONNX file with 8-bit weights.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: RUN/onnx]")] = None,
+) -> None:
+    """Turn a trained checkpoint into what load_guard reads."""
+    if not onnx:
+        raise InputError("expected --onnx: it is the one format there is")
+    folder = out or run / "onnx"
+    figures = _from_extra("train", "tidegate.train.export", "export_onnx")(run, folder)
+    _say(f"exported: {folder} (try it with --guard edge:{folder})")
+    _print_json(figures)
+
+
+def _from_extra(extra: str, module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("tidegate"):
+            raise
+        raise InputError(f"this needs {error.name}: pip install 'tidegate[{extra}]'") from None
+
+
+@app.command()
+def guards() -> None:
+    """List the guards of this installation, and whether they can be loaded."""
+    from tidegate.guards import list_guards
+
+    table = Table("guard", "what it is", "languages", "size", "here", box=None, pad_edge=False, header_style="bold")
+    for row in list_guards():
+        size = f"{row.bytes / 1e6:.1f} MB" if row.bytes else "–"
+        here = Text("yes", style="green") if row.available else Text(f"no: {row.why_not}", style="yellow")
+        table.add_row(row.spec, row.description, " ".join(row.languages) or "–", size, here)
+    Console(highlight=False).print(table)
+
+
+# --- saying things ------------------------------------------------------------------------------------------------
+
+_STYLES: Final = {
+    Action.ALLOW: "bold green",
+    Action.WARN: "bold yellow",
+    Action.REVIEW: "bold yellow",
+    Action.REDACT: "bold red",
+    Action.BLOCK: "bold red",
+}
+
+
+def _say(words: str, style: str | None = None) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(words, style=style or ""))
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", where=str(path)) from None
+
+
+def _bar(what: str, *more: str) -> Progress:
+    """A progress bar on stderr; silent where that is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *map(TextColumn, more))
+    return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -1,0 +1,127 @@
+"""Make an exported guard honest: calibrate its probabilities and choose its thresholds, on the dev split only.
+
+Temperature and a bias per class are fitted for prompts and for responses, every lane (target and language group)
+weighing the same. The thresholds for whole texts are those with the best F1 on the same weights: for *flagged* against
+Controversial + Unsafe, for *unsafe* against Unsafe. The threshold for tokens of a stream is the lowest one that cuts at
+most a stated share of safe dev streams.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tidegate.data.mix import lane_of
+from tidegate.evals.metrics import best_threshold, calibrated, expected_calibration_error, fit_calibration
+from tidegate.evals.run import Judged, judge_all
+from tidegate.evals.streaming import choose_threshold, compose, measure, trace_all
+from tidegate.guards.edge import EdgeGuard
+from tidegate.types import Example, Probabilities, Severity, Target
+
+__all__ = ["calibrate"]
+
+_ORDER = (Severity.SAFE, Severity.UNSAFE, Severity.CONTROVERSIAL)
+NEUTRAL: dict[str, Any] = {
+    "temperature": {"prompt": 1.0, "response": 1.0},
+    "bias": {"prompt": [0.0, 0.0, 0.0], "response": [0.0, 0.0, 0.0]},
+    "thresholds": {name: {"flagged": 0.5, "unsafe": 0.5} for name in ("prompt", "response", "token")},
+    "category_threshold": 0.3,
+}
+"""The settings of a guard that was never calibrated."""
+
+Progress = Callable[[int, int], None]
+
+
+async def calibrate(
+    folder: Path,
+    dev: Sequence[Example],
+    *,
+    false_cuts: float = 0.02,
+    streams: int = 1200,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Calibrate the guard in ``folder`` and write the result into its ``config.json``.
+
+    Args:
+        folder: an exported edge guard.
+        dev: labelled dev examples of both targets.
+        false_cuts: share of safe dev streams that may be cut, in [0, 1].
+        streams: how many dev streams are composed.
+        seed: of the composition.
+        progress: told after every row.
+
+    Returns:
+        The figures: calibration error before and after, thresholds, stream scores on dev.
+    """
+    _update(folder, NEUTRAL)
+    guard = EdgeGuard(folder)
+    try:
+        judged = await judge_all(guard, dev, progress)
+    finally:
+        await guard.close()
+    settings: dict[str, Any] = {key: dict(value) for key, value in NEUTRAL.items() if isinstance(value, dict)}
+    figures: dict[str, Any] = {}
+    for target in Target:
+        rows = [row for row in judged if row.example.target is target and row.verdict is not None]
+        settings["temperature"][target.value], settings["bias"][target.value], thresholds, figures[target.value] = _fit(
+            rows
+        )
+        settings["thresholds"] = {**settings["thresholds"], target.value: thresholds}
+    _update(folder, settings)
+    guard = EdgeGuard(folder)
+    try:
+        traces = await trace_all(guard, compose(dev, count=streams, seed=seed), progress)
+    finally:
+        await guard.close()
+    at = choose_threshold(traces, false_cuts=false_cuts)
+    ratio = settings["thresholds"]["response"]["unsafe"] / settings["thresholds"]["response"]["flagged"]
+    settings["thresholds"]["token"] = {"flagged": round(at, 4), "unsafe": round(min(0.99, at * ratio), 4)}
+    _update(folder, settings)
+    figures["streams"] = [measure(traces, threshold).as_dict() for threshold in sorted({0.3, 0.5, 0.7, 0.9, at})]
+    figures["settings"] = settings
+    return figures
+
+
+def _fit(rows: Sequence[Judged]) -> tuple[float, list[float], dict[str, float], dict[str, Any]]:
+    logits = np.log(np.maximum(np.asarray([_by_id(row) for row in rows]), 1e-9))
+    labels = np.asarray([_ORDER.index(row.example.severity or Severity.SAFE) for row in rows])
+    weights = _lane_weights(rows)
+    calibration = fit_calibration(logits, labels, weights)
+    before, after = 1 - np.exp(logits[:, 0]), calibrated(logits, calibration)
+    strict = labels != 0
+    loose = labels == _ORDER.index(Severity.UNSAFE)
+    flagged = best_threshold(strict, 1 - after[:, 0], weights)
+    unsafe = best_threshold(loose, after[:, 1], weights)
+    thresholds = {"flagged": round(flagged, 4), "unsafe": round(unsafe, 4)}
+    figures = {
+        "rows": len(rows),
+        "calibration_error_before": expected_calibration_error(strict, before),
+        "calibration_error_after": expected_calibration_error(strict, 1 - after[:, 0]),
+    }
+    return calibration.temperature, [round(b, 5) for b in calibration.bias], thresholds, figures
+
+
+def _by_id(row: Judged) -> tuple[float, float, float]:
+    assert row.verdict is not None
+    p: Probabilities = row.verdict.probabilities
+    return p.safe, p.unsafe, p.controversial
+
+
+def _lane_weights(rows: Sequence[Judged]) -> npt.NDArray[np.float64]:
+    lanes = np.asarray([lane_of(row.example) for row in rows])
+    names, counts = np.unique(lanes, return_counts=True)
+    size = dict(zip(names.tolist(), counts.tolist(), strict=True))
+    return np.asarray([1.0 / size[lane] for lane in lanes.tolist()])
+
+
+def _update(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tidegate"].update(settings)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,8 +2,8 @@
 
 Response labels are given for a whole answer, so streams whose turning point is known are composed: the beginning of a
 safe answer, then an unsafe one. An unsafe answer itself may begin harmlessly, so a delay counted from the seam is an
-upper bound. Beside them run streams that are safe to their end, of one safe answer or of two joined (a guard that alarms
-at the seam itself is found out by these).
+upper bound. Beside them run streams that are safe to their end, of one safe answer or of two joined (a guard that
+alarms at the seam itself is found out by these).
 
 An alarm is what a gateway acts on: ``debounce`` consecutive tokens whose probability of not being safe reaches a
 threshold. It stands at the last of them.

@@ -1,8 +1,60 @@
-"""What all tests share: hypothesis searches, and never judges by the clock."""
+"""What all tests share: hypothesis searches, and never judges by the clock; servers are real ones, on free ports."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from serving import Gateway, gateway_process, serving
+from tidegate.testing import FakeUpstream
 
 settings.register_profile("tidegate", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tidegate")
+
+
+@pytest.fixture(scope="session")
+def _upstream_server() -> Iterator[tuple[FakeUpstream, str]]:
+    upstream = FakeUpstream()
+    with serving(upstream) as url:
+        yield upstream, url
+
+
+@pytest.fixture
+def upstream(_upstream_server: tuple[FakeUpstream, str]) -> FakeUpstream:
+    """A fake upstream behind a real uvicorn server; as new for each test."""
+    fake, _ = _upstream_server
+    fake.reply = FakeUpstream().reply
+    fake.received.clear()
+    return fake
+
+
+@pytest.fixture(scope="session")
+def upstream_url(_upstream_server: tuple[FakeUpstream, str]) -> str:
+    """Where the fake upstream listens."""
+    return _upstream_server[1]
+
+
+@pytest.fixture(scope="session")
+def _gateway_process(
+    _upstream_server: tuple[FakeUpstream, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    with gateway_process(_upstream_server[1], tmp_path_factory.mktemp("gateway")) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def gateway(_gateway_process: Gateway, upstream: FakeUpstream) -> Gateway:
+    """A gateway in a process of its own, in front of ``upstream``, with a fake guard; its record is empty."""
+    _gateway_process.forget()
+    return _gateway_process
+
+
+@pytest.fixture
+def policy_file(tmp_path: Path) -> Path:
+    """A file with the policy of the gateway process."""
+    path = tmp_path / "policy.yaml"
+    path.write_text(Gateway.POLICY, encoding="utf-8")
+    return path

@@ -1,0 +1,625 @@
+"""Chat completions, seen by the real OpenAI client through a gateway in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from serving import Gateway, Record, make_policy, serving, until, wait_until
+from tidegate.gateway.app import create_app
+from tidegate.testing import (
+    Die,
+    FakeStreamGuard,
+    FakeUpstream,
+    Hang,
+    Pause,
+    Reply,
+    chunk,
+    completion,
+    text_chunks,
+)
+
+HELLO: list[Any] = [{"role": "user", "content": "Say hello"}]
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> Any:
+    with OpenAI(base_url=gateway.base_url, api_key="sk-client", max_retries=0) as made:
+        yield made
+
+
+def ask(client: OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(**{"model": "fake-model", "messages": HELLO, **options})
+
+
+def streamed(client: OpenAI, **options: Any) -> tuple[dict[int, str], dict[int, str | None], list[Any]]:
+    """The text and the finish reason of each choice, and all chunks."""
+    chunks = list(ask(client, stream=True, **options))
+    texts: dict[int, str] = {}
+    reasons: dict[int, str | None] = {}
+    for part in chunks:
+        for choice in part.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+            reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
+    return texts, reasons, chunks
+
+
+def interrupted(client: OpenAI) -> tuple[str, openai.APIError]:
+    """The text that arrived of a stream that ends with an error, and the error."""
+    said: list[str] = []
+
+    def read() -> None:
+        said.extend(part.choices[0].delta.content or "" for part in ask(client, stream=True))
+
+    with pytest.raises(openai.APIError) as caught:
+        read()
+    return "".join(said), caught.value
+
+
+# --- safe exchanges -----------------------------------------------------------------------------------------------
+
+
+def test_a_safe_answer_passes_whole(client: OpenAI, gateway: Gateway, upstream: FakeUpstream) -> None:
+    """What the upstream says arrives as it is, and both decisions are kept before the client has the answer."""
+    answer = ask(client)
+
+    assert answer.choices[0].message.content == "Hello there."
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.total_tokens == 8
+    assert answer.tidegate["action"] == "allow"
+    assert [row["action"] for row in gateway.kept()] == ["allow", "allow"]
+    assert upstream.received[0].headers["authorization"] == "Bearer sk-client"
+
+
+def test_a_safe_answer_passes_streaming(client: OpenAI, gateway: Gateway, upstream: FakeUpstream) -> None:
+    """Every word arrives, the role comes first, the usage last, and the end has the decision."""
+    usage = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": []}
+    upstream.reply = Reply.stream(
+        *text_chunks(["Hel", "lo the", "re, ", "friend."]), {**usage, "usage": {"total_tokens": 7, "odd": 0.125}}
+    )
+
+    texts, reasons, chunks = streamed(client, stream_options={"include_usage": True})
+
+    assert texts == {0: "Hello there, friend."}
+    assert reasons == {0: "stop"}
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage.total_tokens == 7
+    assert chunks[-1].usage.odd == 0.125
+    ended = next(part for part in chunks if part.choices and part.choices[0].finish_reason)
+    assert ended.tidegate["action"] == "allow"
+    assert ended.tidegate["coverage"] == [
+        {"path": "choices[0].content", "channel": "answer", "state": "judged", "characters": 20}
+    ]
+    assert [row["action"] for row in gateway.kept()] == ["allow", "allow"]
+    assert gateway.kept()[1]["content"] == "Hello there, friend."
+
+
+async def test_the_async_client_streams(gateway: Gateway, upstream: FakeUpstream) -> None:
+    """The async client of OpenAI gets the same."""
+    upstream.reply = Reply.stream(*text_chunks(["one ", "two ", "three"]))
+
+    async with AsyncOpenAI(base_url=gateway.base_url, api_key="sk", max_retries=0) as client:
+        stream = await client.chat.completions.create(model="m", messages=HELLO, stream=True)
+        text = "".join([part.choices[0].delta.content or "" async for part in stream])
+
+    assert text == "one two three"
+
+
+# --- blocked answers ----------------------------------------------------------------------------------------------
+
+
+def test_an_unsafe_stream_is_cut_before_its_harm(client: OpenAI, gateway: Gateway, upstream: FakeUpstream) -> None:
+    """The safe beginning arrives, nothing of the rest; the ending is well-formed, and the upstream is cancelled."""
+    upstream.reply = Reply.stream(*text_chunks(["Take a ", "bomb bo", "mb and ", "run"], finish_reason=None), Hang())
+
+    texts, reasons, chunks = streamed(client)
+
+    assert texts == {0: "Take a"}
+    assert reasons == {0: "content_filter"}
+    why = chunks[-1].tidegate
+    assert (why["action"], why["rule"], why["policy"], why["severity"]) == ("block", "unsafe", "test", "unsafe")
+    assert why["categories"] == ["Violent"]
+    assert why["where"] == {"path": "choices[0].content", "start": 6, "end": 16}
+    assert why["id"].startswith("d")
+    wait_until(lambda: upstream.received[0].cancelled, "the upstream to be cancelled")
+    assert [row["action"] for row in gateway.kept()] == ["allow", "block"]
+
+
+def test_a_blocked_stream_ends_with_done(gateway: Gateway, upstream: FakeUpstream) -> None:
+    """On the wire: an event for the end of the choice, then [DONE], then the end of the body."""
+    upstream.reply = Reply.stream(*text_chunks(["bomb bomb "], finish_reason=None), Hang())
+
+    body = {"model": "m", "messages": HELLO, "stream": True}
+    response = httpx.post(f"{gateway.base_url}/chat/completions", json=body)
+
+    events = response.text.split("\n\n")
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert json.loads(events[-3].removeprefix("data: "))["choices"][0]["finish_reason"] == "content_filter"
+    assert "bomb" not in response.text
+
+
+def test_an_unsafe_whole_answer_is_replaced(client: OpenAI, gateway: Gateway, upstream: FakeUpstream) -> None:
+    """The policy's message stands in for the answer, and nothing else of its message is left."""
+    upstream.reply = Reply.json(completion({"content": "a bomb", "reasoning_content": "sly", "annotations": ["x"]}))
+
+    answer = ask(client)
+
+    assert answer.choices[0].message.content == "Not here."
+    assert answer.choices[0].finish_reason == "content_filter"
+    assert answer.tidegate["action"] == "block"
+    assert "sly" not in answer.to_json()
+    assert gateway.kept()[1]["content"] == "a bomb"
+
+
+def test_one_flagged_word_alone_is_held_and_then_released(client: OpenAI, upstream: FakeUpstream) -> None:
+    """A run that ends unconfirmed is a false alarm: its text arrives, complete."""
+    upstream.reply = Reply.stream(*text_chunks(["a bomb", " shelter ", "is safe"]))
+
+    texts, reasons, _ = streamed(client)
+
+    assert texts == {0: "a bomb shelter is safe"}
+    assert reasons == {0: "stop"}
+
+
+def test_choices_are_judged_apart(client: OpenAI, gateway: Gateway, upstream: FakeUpstream) -> None:
+    """One choice ends at its block; the other goes on to its own end."""
+    first = text_chunks(["good ", "news ", "today"], index=0)
+    second = text_chunks(["bomb ", "bomb ", "bomb"], index=1)
+    upstream.reply = Reply.stream(*(part for pair in zip(first, second, strict=True) for part in pair))
+
+    texts, reasons, _ = streamed(client, n=2)
+
+    assert texts == {0: "good news today", 1: ""}
+    assert reasons == {0: "stop", 1: "content_filter"}
+    assert sorted(row["action"] for row in gateway.kept()) == ["allow", "allow", "block"]
+
+
+def test_whole_choices_are_judged_apart(client: OpenAI, upstream: FakeUpstream) -> None:
+    """Without streaming too."""
+    upstream.reply = Reply.json(completion("fine", "a bomb"))
+
+    answer = ask(client, n=2)
+
+    assert [choice.message.content for choice in answer.choices] == ["fine", "Not here."]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "content_filter"]
+    assert [choice.tidegate["action"] for choice in answer.choices] == ["allow", "block"]
+
+
+@pytest.mark.parametrize("of", ["reasoning_content", "reasoning", "refusal"])
+def test_every_text_of_a_stream_is_judged(client: OpenAI, upstream: FakeUpstream, of: str) -> None:
+    """Reasoning and refusals are cut as answers are, and the end says where."""
+    upstream.reply = Reply.stream(*text_chunks(["so ", "bomb ", "bomb ", "x"], of=of))
+
+    _, reasons, chunks = streamed(client)
+
+    said = "".join(getattr(part.choices[0].delta, of, None) or "" for part in chunks)
+    assert said == "so"
+    assert reasons == {0: "content_filter"}
+    assert chunks[-1].tidegate["where"]["path"] == f"choices[0].{of}"
+
+
+def tool_call(arguments: str, *, name: str | None = None, identity: str | None = None) -> dict[str, Any]:
+    function = {"arguments": arguments} if name is None else {"name": name, "arguments": arguments}
+    call = {"index": 0, "function": function}
+    return {"tool_calls": [call if identity is None else {**call, "id": identity, "type": "function"}]}
+
+
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
+
+
+def test_a_safe_tool_call_arrives_whole(client: OpenAI, upstream: FakeUpstream) -> None:
+    """Its name and id are there, and its arguments are complete."""
+    upstream.reply = Reply.stream(
+        chunk({"role": "assistant", "content": None}),
+        chunk(tool_call("", name="search", identity="call_1")),
+        chunk(tool_call('{"query": "apple')),
+        chunk(tool_call(' pie"}')),
+        chunk(finish_reason="tool_calls"),
+    )
+
+    _, reasons, chunks = streamed(client, tools=TOOLS)
+
+    calls = [call for part in chunks for call in part.choices[0].delta.tool_calls or []]
+    assert "".join(call.function.arguments or "" for call in calls) == '{"query": "apple pie"}'
+    assert [(call.id, call.function.name) for call in calls if call.id] == [("call_1", "search")]
+    assert reasons == {0: "tool_calls"}
+
+
+def test_an_unsafe_tool_call_is_cut(client: OpenAI, upstream: FakeUpstream) -> None:
+    """Tool-call arguments are judged: what would be run never arrives."""
+    upstream.reply = Reply.stream(
+        chunk(tool_call("", name="search", identity="call_1")),
+        chunk(tool_call('{"query": "how to bomb bomb ')),
+        chunk(finish_reason="tool_calls"),
+    )
+
+    _, reasons, chunks = streamed(client, tools=TOOLS)
+
+    said = "".join(call.function.arguments or "" for part in chunks for call in part.choices[0].delta.tool_calls or [])
+    assert said == '{"query": "how to'
+    assert reasons == {0: "content_filter"}
+
+
+# --- the prompt ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unsafe_prompt_gets_no_answer(client: OpenAI, gateway: Gateway, upstream: FakeUpstream) -> None:
+    """A completion of the same shape says the policy's message, and the upstream is cancelled."""
+    upstream.reply = Reply((Hang(),), before=30)
+
+    answer = ask(client, messages=[{"role": "user", "content": "how do I build a bomb"}])
+
+    assert answer.choices[0].message.content == "Not here."
+    assert answer.choices[0].finish_reason == "content_filter"
+    assert answer.tidegate["where"]["path"] == "messages[0].content"
+    assert answer.tidegate["rule"] == "unsafe"
+    assert [row["action"] for row in gateway.kept()] == ["block"]
+    wait_until(lambda: not upstream.open_requests, "the upstream to be cancelled")
+
+
+def test_an_unsafe_prompt_streams_its_refusal(client: OpenAI, upstream: FakeUpstream) -> None:
+    """The same as a stream, for each choice that was asked for."""
+    messages = [{"role": "user", "content": "bomb"}]
+
+    texts, reasons, chunks = streamed(client, messages=messages, n=2, stream_options={"include_usage": True})
+
+    assert texts == {0: "Not here.", 1: "Not here."}
+    assert reasons == {0: "content_filter", 1: "content_filter"}
+    assert chunks[-1].usage.total_tokens == 0
+    assert chunks[2].tidegate["action"] == "block"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "you love a bomb"}, *HELLO],
+        [{"role": "developer", "content": "bomb"}, *HELLO],
+        [{"role": "user", "content": "bomb"}, *HELLO],
+        [*HELLO, {"role": "assistant", "content": "hi"}, {"role": "tool", "tool_call_id": "1", "content": "bomb"}],
+        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "bomb"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": "bo"}, {"type": "text", "text": "mb"}]}],
+        [*HELLO, {"role": "assistant", "content": "Sure, the bomb"}],
+        [{"role": "system", "content": "bomb"}, *HELLO, {"role": "assistant", "content": "hi"}, *HELLO],
+    ],
+)
+def test_all_that_is_new_in_the_prompt_is_judged(client: OpenAI, messages: list[Any]) -> None:
+    """System turns, every turn since the assistant last spoke, a given beginning of the answer, parts in any joints."""
+    assert ask(client, messages=messages).choices[0].finish_reason == "content_filter"
+
+
+def test_history_is_not_judged_again_and_the_coverage_says_so(client: OpenAI, gateway: Gateway) -> None:
+    """One false alarm in the past does not end a conversation; images and tools are named as not judged."""
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    messages = [
+        {"role": "user", "content": "bomb"},
+        {"role": "assistant", "content": "no bomb"},
+        {"role": "user", "content": [{"type": "text", "text": "thanks"}, image]},
+    ]
+
+    answer = ask(client, messages=messages, tools=TOOLS)
+
+    assert answer.choices[0].message.content == "Hello there."
+    assert gateway.kept()[0]["coverage"] == [
+        ["messages[0].content", "not_judged", 4],
+        ["messages[1].content", "not_judged", 7],
+        ["messages[2].content", "judged", 6],
+        ["messages[2].content[1]", "not_judged", 0],
+        ["tools", "not_judged", 20],
+    ]
+
+
+def test_nothing_of_the_answer_leaves_before_the_prompt_is_decided(upstream: FakeUpstream, upstream_url: str) -> None:
+    """The upstream starts at once, and its bytes wait."""
+    guard = FakeStreamGuard(delay_s=0.3)
+    upstream.reply = Reply.stream(*text_chunks(["early ", "bird"]))
+    app = create_app(guard=guard, policy=make_policy(), upstream_url=upstream_url)
+
+    with serving(app) as url, httpx.Client() as client:
+        body = {"model": "m", "messages": [{"role": "user", "content": "bomb"}], "stream": True}
+        response = client.post(f"{url}/v1/chat/completions", json=body)
+
+    assert upstream.received
+    assert "early" not in response.text
+    assert "Not here." in response.text
+
+
+# --- fields -------------------------------------------------------------------------------------------------------
+
+
+def test_fields_that_could_carry_unjudged_text_do_not_pass(client: OpenAI, upstream: FakeUpstream) -> None:
+    """Log probabilities and unknown strings are dropped and counted; plain values pass as they are."""
+    odd = chunk({"content": "fine ", "secret": "leak", "score": 0.5}, system_fingerprint="fp", extra="leak", big=2**70)
+    odd["choices"][0].update(logprobs={"content": [{"token": "leak"}]}, token_ids=[1, 2], stop_reason=None)
+    upstream.reply = Reply.stream(odd, chunk(finish_reason="stop"))
+
+    _, _, chunks = streamed(client)
+
+    wire = json.dumps([part.to_dict() for part in chunks])
+    assert "leak" not in wire
+    assert "[1, 2]" not in wire
+    assert chunks[0].system_fingerprint == "fp"
+    assert chunks[0].big == 2**70
+    assert chunks[0].choices[0].delta.score == 0.5
+    dropped = {part["path"]: part["characters"] for part in chunks[-1].tidegate["coverage"] if part["characters"] == 4}
+    assert dropped == {"choices[0].secret": 4, "choices[0].logprobs": 4, "extra": 4}
+
+
+def test_a_key_given_twice_reaches_the_upstream_as_it_was_judged(gateway: Gateway, upstream: FakeUpstream) -> None:
+    """What is sent on is what was parsed, not the bytes that came."""
+    twice = '"messages": [{"role": "user", "content": "%s"}]'
+    body = "{" + f'"model": "m", {twice % "bomb"}, {twice % "hello"}' + "}"
+
+    httpx.post(f"{gateway.base_url}/chat/completions", content=body)
+
+    assert upstream.received[0].body["messages"] == [{"role": "user", "content": "hello"}]
+
+
+def test_halves_of_a_character_are_joined(client: OpenAI, upstream: FakeUpstream) -> None:
+    """A surrogate pair cut between two chunks arrives as one character."""
+    first, second = (
+        b'data: {"choices":[{"index":0,"delta":{"content":"\\u%s"}}]}\n\n' % half for half in (b"d83d", b"ude00"[1:])
+    )
+    upstream.reply = Reply.stream(first, second, chunk(finish_reason="stop"))
+
+    assert streamed(client)[0] == {0: "😀"}
+
+
+# --- trouble ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_upstream_that_is_down_is_a_502(stream: bool) -> None:
+    """In OpenAI's error shape, with the prompt's decision kept."""
+    record = Record()
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(), keep=record, upstream_url="http://127.0.0.1:9/v1")
+    with (
+        serving(app) as url,
+        OpenAI(base_url=f"{url}/v1", api_key="sk", max_retries=0) as client,
+        pytest.raises(openai.InternalServerError) as caught,
+    ):
+        ask(client, stream=stream)
+
+    assert caught.value.status_code == 502
+    assert caught.value.body["type"] == "upstream_error"
+    assert record.actions == ["allow"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503])
+def test_upstream_errors_are_passed_on(gateway: Gateway, upstream: FakeUpstream, status: int, stream: bool) -> None:
+    """Status, message and Retry-After arrive; no other header does."""
+    upstream.reply = Reply.error(status, "as it is", headers={"retry-after": "7", "x-secret": "s"})
+
+    body = {"model": "m", "messages": HELLO, "stream": stream}
+    response = httpx.post(f"{gateway.base_url}/chat/completions", json=body)
+
+    assert response.status_code == status
+    assert response.json() == {
+        "error": {"message": "as it is", "type": "fake_error", "param": None, "code": f"fake_{status}"}
+    }
+    assert response.headers["retry-after"] == "7"
+    assert "x-secret" not in response.headers
+
+
+def test_an_upstream_that_dies_in_the_middle(client: OpenAI, gateway: Gateway, upstream: FakeUpstream) -> None:
+    """What was held is judged and let out, then an error in OpenAI's shape ends the stream; the decision is kept."""
+    upstream.reply = Reply.stream(*text_chunks(["half an ", "answer"], finish_reason=None), Pause(0.05), Die())
+
+    said, error = interrupted(client)
+
+    assert said == "half an answer"
+    assert isinstance(error.body, dict)
+    assert error.body["type"] == "upstream_error"
+    assert gateway.kept()[1]["content"] == "half an answer"
+
+
+def test_held_harm_stays_held_when_the_upstream_dies(client: OpenAI, upstream: FakeUpstream) -> None:
+    """What is left when the connection breaks is judged before it leaves."""
+    upstream.reply = Reply.stream(*text_chunks(["well bomb ", "bomb"], finish_reason=None), Pause(0.05), Die())
+
+    texts, reasons, _ = streamed(client)
+
+    assert texts == {0: "well"}
+    assert reasons == {0: "content_filter"}
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"data: {not json}\n\n",
+        b"data: [1, 2]\n\n",
+        b"data: \xff\xfe\n\n",
+        b'data: {"choices": 5}\n\n',
+        b'data: {"choices": [{"index": "x", "delta": {}}]}\n\n',
+        b'data: {"choices": [{"index": 0, "delta": "x"}]}\n\n',
+        b'data: {"error": {"message": "secret"}}\n\n',
+        b"data: " + b"[" * 5000 + b"\n\n",
+    ],
+)
+def test_malformed_events_end_the_stream(client: OpenAI, upstream: FakeUpstream, garbage: bytes) -> None:
+    """What came before is judged and let out; then comes an error."""
+    upstream.reply = Reply.stream(*text_chunks(["fine so far"], finish_reason=None), garbage, Hang())
+
+    said, error = interrupted(client)
+
+    assert said == "fine so far"
+    assert "secret" not in str(error.body)
+
+
+def test_a_stream_that_ends_too_early_is_an_error(client: OpenAI, upstream: FakeUpstream) -> None:
+    """No finish reason and no [DONE]: the client must not take it for complete."""
+    upstream.reply = Reply.stream(*text_chunks(["half"], finish_reason=None), done=False)
+
+    with pytest.raises(openai.APIError):
+        streamed(client)
+
+
+def test_an_upstream_that_falls_silent_is_a_timeout(upstream: FakeUpstream, upstream_url: str) -> None:
+    """504 before the answer began."""
+    upstream.reply = Reply((), before=60)
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(), upstream_url=upstream_url, silence_timeout_s=0.2)
+
+    with serving(app) as url:
+        response = httpx.post(f"{url}/v1/chat/completions", json={"model": "m", "messages": HELLO})
+
+    assert response.status_code == 504
+
+
+@pytest.mark.parametrize("reply", [Reply.json(b"<html>"), Reply.json({"object": "list"}), Reply.json([1])])
+def test_a_whole_answer_that_is_none_is_a_502(client: OpenAI, upstream: FakeUpstream, reply: Reply) -> None:
+    """Whatever is not a chat completion cannot be judged, and does not pass."""
+    upstream.reply = reply
+
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(client)
+
+    assert caught.value.status_code == 502
+
+
+def test_an_upstream_that_does_not_stream_is_a_502(client: OpenAI, upstream: FakeUpstream) -> None:
+    """JSON where events were asked for."""
+    with pytest.raises(openai.InternalServerError):
+        ask(client, stream=True)
+
+
+# --- guards that fail ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["guardfail", "guardhang"])
+def test_a_guard_that_fails_on_the_prompt(client: OpenAI, gateway: Gateway, word: str) -> None:
+    """The policy says block: the client gets no answer, and the failure is kept."""
+    answer = ask(client, messages=[{"role": "user", "content": word}])
+
+    assert answer.choices[0].finish_reason == "content_filter"
+    assert answer.tidegate["rule"] == "on_guard_error"
+    assert gateway.kept()[0]["failure"] in ("GuardUnavailable", "GuardTimeout")
+
+
+@pytest.mark.parametrize("word", ["guardfail", "guardhang"])
+def test_a_guard_that_fails_in_a_stream(client: OpenAI, gateway: Gateway, upstream: FakeUpstream, word: str) -> None:
+    """What was judged has left; nothing after it does."""
+    upstream.reply = Reply.stream(
+        *text_chunks(["good words "], finish_reason=None), Pause(0.2), chunk({"content": f"{word} x"}), Hang()
+    )
+
+    texts, reasons, chunks = streamed(client)
+
+    assert texts == {0: "good words"}
+    assert reasons == {0: "content_filter"}
+    assert chunks[-1].tidegate["failure"]["kind"] in ("GuardUnavailable", "GuardTimeout")
+    assert gateway.kept()[1]["rule"] == "on_guard_error"
+
+
+def test_an_open_policy_lets_text_through_a_failing_guard(upstream: FakeUpstream, upstream_url: str) -> None:
+    """on_guard_error: review passes everything, and the coverage counts what was not judged."""
+    record = Record()
+    upstream.reply = Reply.stream(*text_chunks(["fine guardfail and ", "more"]))
+    app = create_app(
+        guard=FakeStreamGuard(), policy=make_policy(on_guard_error="review"), keep=record, upstream_url=upstream_url
+    )
+
+    with serving(app) as url, OpenAI(base_url=f"{url}/v1", api_key="sk", max_retries=0) as client:
+        texts, _, _ = streamed(client)
+
+    assert texts == {0: "fine guardfail and more"}
+    assert record.actions == ["allow", "review"]
+    assert [(part.state.value, part.characters) for part in record.kept[1][0].coverage] == [("not_judged", 23)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_decision_that_cannot_be_kept_is_an_error(upstream: FakeUpstream, upstream_url: str, stream: bool) -> None:
+    """An exchange without its record does not pass for a complete one."""
+    record = Record()
+    record.broken = True
+    upstream.reply = Reply.stream(*text_chunks(["hello there"])) if stream else Reply.json(completion("hello"))
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(), keep=record, upstream_url=upstream_url)
+
+    with (
+        serving(app) as url,
+        OpenAI(base_url=f"{url}/v1", api_key="sk", max_retries=0) as client,
+        pytest.raises(openai.APIError) as caught,
+    ):
+        list(ask(client, stream=stream))
+
+    assert caught.value.code == "store_error"
+
+
+# --- hang-ups -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_hangs_up_frees_everything(upstream: FakeUpstream, upstream_url: str) -> None:
+    """The upstream is cancelled, the session closed, and the decision on what was judged is kept."""
+    guard, record = FakeStreamGuard(), Record()
+    upstream.reply = Reply.stream(*text_chunks(["one two three "], finish_reason=None), Hang())
+    app = create_app(guard=guard, policy=make_policy(), keep=record, upstream_url=upstream_url)
+
+    with serving(app) as url:
+        async with httpx.AsyncClient() as client:
+            body = {"model": "m", "messages": HELLO, "stream": True}
+            async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+                async for text in response.aiter_text():
+                    if "three" in text:
+                        break
+                assert guard.open_sessions == 1
+        await until(lambda: upstream.received[0].cancelled, "the upstream to be cancelled")
+        await until(lambda: guard.open_sessions == 0, "the session to be closed")
+        await until(lambda: len(record.kept) == 2, "the decision to be kept")
+
+    assert record.actions == ["allow", "allow"]
+    assert record.kept[1][0].coverage[0].characters == len("one two three")
+    assert guard.closed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_does_not_wait_for_the_answer(
+    upstream: FakeUpstream, upstream_url: str, stream: bool
+) -> None:
+    """Hanging up before the upstream says anything cancels it too."""
+    record = Record()
+    upstream.reply = Reply((), before=60)
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(), keep=record, upstream_url=upstream_url)
+
+    with serving(app) as url:
+        async with httpx.AsyncClient() as client:
+            body = {"model": "m", "messages": HELLO, "stream": stream}
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post(f"{url}/v1/chat/completions", json=body, timeout=0.5)
+        await until(lambda: upstream.received[0].cancelled, "the upstream to be cancelled")
+
+    assert record.actions == ["allow"]
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_configured_key_replaces_the_clients(upstream: FakeUpstream, upstream_url: str) -> None:
+    """The client's own key never reaches the upstream then."""
+    app = create_app(
+        guard=FakeStreamGuard(), policy=make_policy(), upstream_url=upstream_url, upstream_key="sk-upstream"
+    )
+
+    with serving(app) as url, OpenAI(base_url=f"{url}/v1", api_key="sk-client", max_retries=0) as client:
+        ask(client)
+
+    assert upstream.received[0].headers["authorization"] == "Bearer sk-upstream"
+
+
+def test_no_user_text_is_logged(client: OpenAI, gateway: Gateway, upstream: FakeUpstream) -> None:
+    """A marked word goes through every door, and is in no log and no metric."""
+    upstream.reply = Reply.stream(*text_chunks(["canary7 bomb bomb"]))
+    streamed(client, messages=[{"role": "user", "content": "canary7"}])
+    upstream.reply = Reply.stream(b"data: canary7\n\n")
+    with pytest.raises(openai.APIError):
+        streamed(client)
+    client.moderations.create(input="canary7 bomb")
+    with pytest.raises(openai.BadRequestError):
+        ask(client, messages=[{"role": "canary7", "content": "canary7"}])
+
+    assert "canary7" not in gateway.log.read_text()
+    assert "canary7" not in httpx.get(f"{gateway.url}/metrics").text

@@ -480,16 +480,16 @@ def _listening(host: str, port: int) -> Iterator[Socket]:
     """A listening socket; bound here so that a taken port is a clear error, and a free one is known."""
     import socket as sockets
 
-    try:
-        family, kind, protocol, _, address = sockets.getaddrinfo(
-            host, port, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE
-        )[0]
-        listening = sockets.socket(family, kind, protocol)
-        listening.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except OSError as error:
-        raise InputError(f"cannot listen on {host}:{port}: {error.strerror}", where="host and port") from None
-    with listening:
+    with contextlib.ExitStack() as opened:
+        try:
+            family, kind, protocol, _, address = sockets.getaddrinfo(
+                host, port, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE
+            )[0]
+            listening = opened.enter_context(sockets.socket(family, kind, protocol))
+            listening.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+            listening.bind(address)
+        except OSError as error:
+            raise InputError(f"cannot listen on {host}:{port}: {error.strerror}", where="host and port") from None
         yield listening
 
 

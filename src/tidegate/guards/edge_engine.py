@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import Sequence as Ids
@@ -20,7 +21,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, SessionClosed
+from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, SessionClosed, UnreadableVerdict
 
 __all__ = ["Engine", "Logits", "Sequence"]
 
@@ -29,9 +30,9 @@ Float = NDArray[np.float32]
 _HIDDEN = np.float32(-1e9)
 _CHUNK = 256
 """Most new positions of one sequence in one run."""
-_MOST_TOKENS = 4096
-"""Most new positions in one run, padding included."""
-_MOST_CACHED = 64 * 1024
+_MOST_TOKENS = 512
+"""Most new positions in one run, padding included: more would not be faster, and would make short work wait."""
+_MOST_CACHED = 16 * 1024
 """Most cached positions in one run, padding included."""
 _SLACK = 16
 """Padded positions that are always worth a shared run."""
@@ -104,6 +105,7 @@ class Engine:
         self._pasts = [given.name for given in past]
         _, self._kv_heads, _, self._head_dim = past[0].shape
         self._most_waiting = most_waiting
+        self._gathered = np.zeros(0, np.float32)
         self._waiting: deque[_Work] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -164,6 +166,8 @@ class Engine:
         while batch := self._next_batch():
             try:
                 done = self._run(batch)
+            except GuardError as failure:
+                _answer([(work, failure) for work in batch])
             except Exception as error:
                 failure = GuardError(f"ONNX Runtime could not compute: {type(error).__name__}")
                 _answer([(work, failure) for work in batch])
@@ -192,6 +196,8 @@ class Engine:
         if self._session is None:
             raise SessionClosed("the guard is closed")
         present, *heads = self._session.run(["present", *Logits._fields], inputs)
+        if not np.isfinite(present).all():
+            raise UnreadableVerdict("the model computed something that is not a finite number")
         done: list[_Work] = []
         more: list[_Work] = []
         for row, (work, length, new) in enumerate(zip(batch, lengths, news, strict=True)):
@@ -212,7 +218,7 @@ class Engine:
         ids = np.zeros((rows, most), np.int64)
         positions = np.zeros((rows, most), np.int64)
         mask = np.full((rows, 1, most, cached + most), _HIDDEN, np.float32)
-        past = np.zeros((len(self._pasts), rows, self._kv_heads, cached, self._head_dim), np.float32)
+        past = self._room((len(self._pasts), rows, self._kv_heads, cached, self._head_dim))
         causal = _causal(most)
         for row, (work, cache, length, new) in enumerate(zip(batch, caches, lengths, news, strict=True)):
             ids[row, :new] = work.ids[work.done : work.done + new]
@@ -224,6 +230,14 @@ class Engine:
         inputs: dict[str, NDArray[np.generic]] = {"input_ids": ids, "position_ids": positions, "mask": mask}
         inputs.update(zip(self._pasts, past, strict=True))
         return inputs
+
+    def _room(self, shape: tuple[int, ...]) -> Float:
+        """Memory to gather caches in, used again by every run. What is left in it from earlier runs is finite, and
+        hidden positions have the weight zero."""
+        size = math.prod(shape)
+        if self._gathered.size < size:
+            self._gathered = np.zeros(size, np.float32)
+        return self._gathered[:size].reshape(shape)
 
 
 def _load(model: Path, threads: int) -> onnxruntime.InferenceSession:

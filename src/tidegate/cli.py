@@ -619,14 +619,31 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or of a checkpoint.")],
     onnx: Annotated[bool, typer.Option("--onnx", help="As one ONNX file with 8-bit weights.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: RUN/onnx]")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of examples: compare with torch and calibrate on their dev split.")
+    ] = None,
 ) -> None:
     """Turn a trained checkpoint into what load_guard reads."""
     if not onnx:
         raise InputError("expected --onnx: it is the one format there is")
     folder = out or run / "onnx"
-    figures = _from_extra("train", "tidegate.train.export", "export_onnx")(run, folder)
+    if data is None:
+        figures = _from_extra("train", "tidegate.train.export", "export_onnx")(run, folder)
+    else:
+        figures = _calibrated(run, folder, data)
     _say(f"exported: {folder} (try it with --guard edge:{folder})")
     _print_json(figures)
+
+
+def _calibrated(run: Path, folder: Path, data: Path) -> Any:
+    finish = _from_extra("train", "tidegate.train.calibrate", "finish_guard")
+    with _bar("calibrating") as progress:
+        task = progress.add_task("calibrating", total=None)
+
+        def moved(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return finish(run, folder, data, progress=moved)
 
 
 def _from_extra(extra: str, module: str, name: str) -> Any:

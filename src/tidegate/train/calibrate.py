@@ -8,6 +8,7 @@ most a stated share of safe dev streams.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +22,13 @@ from tidegate.evals.metrics import best_threshold, calibrated, expected_calibrat
 from tidegate.evals.run import Judged, judge_all
 from tidegate.evals.streaming import choose_threshold, compose, measure, trace_all
 from tidegate.guards.edge import EdgeGuard
+from tidegate.model.tokens import TextTokenizer
+from tidegate.train.args import load_recipe
+from tidegate.train.edge import dev_texts, load_examples
+from tidegate.train.export import agreement, export_onnx
 from tidegate.types import Example, Probabilities, Severity, Target
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "finish_guard"]
 
 _ORDER = (Severity.SAFE, Severity.UNSAFE, Severity.CONTROVERSIAL)
 NEUTRAL: dict[str, Any] = {
@@ -35,6 +40,35 @@ NEUTRAL: dict[str, Any] = {
 """The settings of a guard that was never calibrated."""
 
 Progress = Callable[[int, int], None]
+
+
+def finish_guard(
+    run: Path, out: Path, data: Path, *, agreement_rows: int = 2000, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Export a run, compare the file with torch on dev examples, and calibrate it: a guard that is ready to use.
+
+    Args:
+        run: the folder of a finished run.
+        out: the folder to write.
+        data: the folder of examples that the run was trained on; its dev split and the recipe's synthetic one count.
+        agreement_rows: how many dev examples are computed by both.
+        progress: told while dev rows and streams are judged.
+
+    Returns:
+        ``export``, ``agreement`` and ``calibration`` figures, also written to ``figures.json`` in the run.
+
+    Raises:
+        InputError: when the run is not finished or the data cannot be used.
+    """
+    recipe = load_recipe(run / "recipe.yaml")
+    dev = [example for example in load_examples(data, recipe) if example.split == "dev"]
+    figures: dict[str, Any] = {"export": export_onnx(run, out)}
+    tokenizer = TextTokenizer.load(out / "tokenizer.json")
+    _, texts = dev_texts(dev, tokenizer, recipe, agreement_rows)
+    figures["agreement"] = agreement(run / "checkpoint", out, [text.ids for text in texts])
+    figures["calibration"] = asyncio.run(calibrate(out, dev, progress=progress))
+    (run / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
 
 
 async def calibrate(

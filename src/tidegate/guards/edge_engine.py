@@ -166,8 +166,8 @@ class Engine:
         while batch := self._next_batch():
             try:
                 done = self._run(batch)
-            except GuardError as failure:
-                _answer([(work, failure) for work in batch])
+            except GuardError as error:
+                _answer([(work, error) for work in batch])
             except Exception as error:
                 failure = GuardError(f"ONNX Runtime could not compute: {type(error).__name__}")
                 _answer([(work, failure) for work in batch])

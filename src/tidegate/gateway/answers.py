@@ -335,11 +335,11 @@ class _Piece:
         taken: list[tuple[Slot, str]] = []
         left: list[tuple[_Channel, str]] = []
         for channel, text in self.texts:
-            ready = channel.ready[: len(text)]
+            ready = "" if left else channel.ready[: len(text)]
             channel.ready = channel.ready[len(ready) :]
             if ready:
                 taken.append((channel.slot, ready))
-            if len(ready) < len(text):
+            if len(ready) < len(text) or left:
                 left.append((channel, text[len(ready) :]))
         self.texts = left
         if left and not taken and (self._begun or not self.delta.get("role")):

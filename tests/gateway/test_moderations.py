@@ -1,0 +1,98 @@
+"""Moderations in OpenAI's shape, through OpenAI's client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from serving import Gateway
+from tidegate.gateway.moderations import OPENAI_CATEGORIES
+from tidegate.types import CATEGORIES
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> Any:
+    with OpenAI(base_url=gateway.base_url, api_key="sk", max_retries=0) as made:
+        yield made
+
+
+def test_one_text(client: OpenAI, gateway: Gateway) -> None:
+    """flagged, categories and scores of OpenAI, and all of ours in tidegate; the decision is kept."""
+    answer: Any = client.moderations.create(input="a bomb")
+
+    result = answer.results[0]
+    assert answer.model == "fake/1"
+    assert result.flagged
+    assert [name for name, said in result.categories.to_dict().items() if said] == ["violence"]
+    assert result.category_scores.violence == pytest.approx(0.99 * 0.9)
+    assert set(result.category_scores.to_dict()) == set(OPENAI_CATEGORIES)
+    assert result.category_applied_input_types.violence == ["text"]
+    assert result.tidegate["severity"] == "unsafe"
+    assert result.tidegate["probabilities"]["unsafe"] == 0.95
+    assert set(result.tidegate["category_probabilities"]) == set(CATEGORIES)
+    assert result.tidegate["decision"]["rule"] == "unsafe"
+    assert [row["action"] for row in gateway.kept()] == ["block"]
+
+
+def test_several_texts_in_their_order(client: OpenAI, gateway: Gateway) -> None:
+    """One result and one kept decision for each."""
+    answer = client.moderations.create(input=["fine", "a bomb", "a knife"], model="omni-moderation-latest")
+
+    assert [result.flagged for result in answer.results] == [False, True, True]
+    assert sorted(row["action"] for row in gateway.kept()) == ["allow", "block", "review"]
+    assert not any(answer.results[0].categories.to_dict().values())
+
+
+def test_parts_of_one_text(client: OpenAI) -> None:
+    """Parts of type text are one text."""
+    parts: list[Any] = [{"type": "text", "text": "a"}, {"type": "text", "text": "bomb"}]
+
+    assert [result.flagged for result in client.moderations.create(input=parts).results] == [True]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "input"),
+        ({"input": 3}, "input"),
+        ({"input": []}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": ["x", 3]}, "input[1]"),
+        ({"input": ["x", ""]}, "input[1]"),
+        ({"input": [{"type": "image_url", "image_url": {"url": "x"}}]}, "input[0]"),
+        ({"input": ["x"] * 2000}, "input"),
+        ({"input": "x", "model": 3}, "model"),
+    ],
+)
+def test_bad_input_says_where(gateway: Gateway, body: Any, param: str) -> None:
+    """400 in OpenAI's error shape."""
+    response = httpx.post(f"{gateway.base_url}/moderations", json=body)
+
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert gateway.kept() == []
+
+
+def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
+    """404 model_not_found, as with OpenAI."""
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.moderations.create(input="x", model="gpt-4")
+
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "code"), [("guardfail", 503, "guard_error"), ("guardhang", 504, "guard_timeout")]
+)
+def test_a_guard_that_fails_is_an_error(gateway: Gateway, word: str, status: int, code: str) -> None:
+    """Never a guess; the decision with the failure is kept."""
+    response = httpx.post(f"{gateway.base_url}/moderations", json={"input": word}, timeout=20)
+
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert gateway.kept()[0]["failure"] is not None

@@ -1,0 +1,120 @@
+"""The fakes keep the promises of what they stand for."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving import serving, wait_until
+from tidegate.errors import GuardOverloaded, GuardTimeout, GuardUnavailable, SessionClosed
+from tidegate.guards.base import Guard, StreamGuard
+from tidegate.testing import Die, FakeGuard, FakeStreamGuard, FakeUpstream, Hang, Reply, chunk, completion, text_chunks
+from tidegate.types import Conversation, Severity, TokenVerdict
+
+
+def test_they_are_guards() -> None:
+    """The protocols say so."""
+    assert isinstance(FakeGuard(), Guard)
+    assert isinstance(FakeStreamGuard(), StreamGuard)
+
+
+async def test_words_decide() -> None:
+    """The worst word, in any case and between any punctuation."""
+    guard = FakeGuard(unsafe={"boo": "Violent"}, controversial={"hm": "PII"})
+
+    said = {text: (await guard.judge(Conversation.of(text))).severity for text in ("hi", "hm.", "hm (BOO!)", "boot")}
+
+    assert said == {
+        "hi": Severity.SAFE,
+        "hm.": Severity.CONTROVERSIAL,
+        "hm (BOO!)": Severity.UNSAFE,
+        "boot": Severity.SAFE,
+    }
+    assert (await guard.judge(Conversation.of("hm boo"))).categories == ("Violent",)
+
+
+@given(
+    text=st.text(alphabet="ab \n\té👧bomb", max_size=40),
+    places=st.lists(st.floats(0, 1), max_size=6),
+    end=st.booleans(),
+)
+async def test_sessions_do_not_depend_on_the_cut(text: str, places: list[float], end: bool) -> None:
+    """The promise of a Session: the same tokens for every cut, without a gap, to the end of the text."""
+
+    async def tokens(parts: list[str]) -> list[TokenVerdict]:
+        session = FakeStreamGuard(end_token=end).open(None)
+        found = [token for part in parts for token in await session.feed(part)]
+        return [*found, *await session.finish()]
+
+    at = sorted({0, len(text), *(int(place * len(text)) for place in places)})
+    whole = await tokens([text])
+
+    assert whole == await tokens([text[a:b] for a, b in itertools.pairwise(at)])
+    assert [token.span.start for token in whole] == [0, *(token.span.end for token in whole)][: len(whole)]
+    assert not text or whole[-1].span.end == len(text)
+
+
+async def test_trouble_comes_when_told() -> None:
+    """Failing, hanging, overloaded, and closed."""
+    guard = FakeStreamGuard(most_sessions=1, error=GuardTimeout("late"))
+    session = guard.open(None)
+    with pytest.raises(GuardOverloaded):
+        guard.open(None)
+    with pytest.raises(GuardTimeout):
+        await session.feed("x guardfail ")
+    assert guard.open_sessions == 0
+    with pytest.raises(SessionClosed):
+        await session.feed("x")
+    with pytest.raises(GuardUnavailable):
+        await FakeGuard().judge(Conversation.of("guardfail"))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(FakeGuard(delay_s=0.001).judge(Conversation.of("guardhang")), 0.02)
+
+
+async def test_a_sticky_guard_does_not_calm_down() -> None:
+    """Nothing after an unsafe word is safe."""
+    session = FakeStreamGuard(sticky=True).open(None)
+
+    said = [token.severity.word for token in await session.feed("a bomb is here ")]
+
+    assert said == ["safe", "unsafe", "unsafe", "unsafe"]
+
+
+def test_the_upstream_follows_its_script() -> None:
+    """Whole, streaming, errors, dying; and it remembers what it received."""
+    upstream = FakeUpstream()
+    with serving(upstream) as url, httpx.Client() as client:
+        assert client.post(url, json={"a": 1}).json() == completion("Hello there.")
+        assert upstream.received[0].body == {"a": 1}
+        assert upstream.received[0].finished
+
+        upstream.reply = Reply.stream(*text_chunks(["x"]))
+        assert client.post(url).text.count("data: ") == 4
+
+        upstream.reply = lambda body: Reply.error(418, str(body["tea"]))
+        assert client.post(url, json={"tea": "no"}).json()["error"]["message"] == "no"
+
+        upstream.reply = Reply.stream(chunk({"content": "x"}), Die())
+        with pytest.raises(httpx.RemoteProtocolError):
+            client.post(url)
+
+
+def test_the_upstream_notices_a_hang_up() -> None:
+    """A request whose client went away is cancelled, not finished."""
+    upstream = FakeUpstream(Reply.stream(chunk({"content": "x"}), Hang()))
+
+    def read(url: str) -> Any:
+        with httpx.Client() as client, client.stream("POST", url) as response:
+            return next(response.iter_text())
+
+    with serving(upstream) as url:
+        assert "chat.completion.chunk" in read(url)
+        wait_until(lambda: upstream.received[0].cancelled, "the upstream to notice")
+        assert upstream.open_requests == 0
+        assert not upstream.received[0].finished

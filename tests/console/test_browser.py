@@ -54,7 +54,7 @@ async def answer(prompt: str) -> AsyncGenerator[str, None]:
 def address() -> Iterator[str]:
     suggestions = [
         Suggestion("An example that turns", "one that turns"),
-        Suggestion("My text", "", "fine bomb bomb no"),
+        Suggestion("Pasted words", "", "fine bomb bomb no"),
     ]
     console = create_console(
         guard=FakeStreamGuard(), policy=load_policy("balanced"), answer=answer, upstream="test", suggestions=suggestions
@@ -136,7 +136,7 @@ def test_the_tint_follows_the_probability(page: Any) -> None:
 
 def test_a_text_of_ones_own_shows_what_would_not_have_left(page: Any) -> None:
     page.check("input[value=judge]")
-    page.click("text=Mine")
+    page.click("text=Pasted words")
     ended(page, "stopped")
     assert page.inner_text("#tokens").startswith("fine")
     assert page.inner_text("#rest").strip() == "bomb bomb no"

@@ -23,11 +23,24 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.schemas import characters_in, decision_field, mended, worst_decision
+from tidegate.gateway.deltas import (
+    CHOICE_FIELDS,
+    TOP_FIELDS,
+    Known,
+    Parts,
+    Slot,
+    Text,
+    path_of,
+    put,
+    take_apart,
+    turn_of,
+    without_text,
+)
+from tidegate.gateway.schemas import decision_field, mended, worst_decision
 from tidegate.gateway.sse import DONE, EventReader, event
 from tidegate.gateway.statuses import Problem
 from tidegate.guards.base import StreamGuard
@@ -42,7 +55,6 @@ from tidegate.types import (
     Decision,
     Role,
     Scope,
-    ToolCall,
     Turn,
 )
 
@@ -75,132 +87,10 @@ class Judging:
     timeout_s: float | None = None
     trusted: frozenset[str] = frozenset()
 
-
-# --- taking a chunk apart -----------------------------------------------------------------------------------------
-
-Slot = tuple[str | int, ...]
-"""Where a text stands in a delta or message, as ``("tool_calls", 0, "function", "arguments")``."""
-
-_TEXTS: Final = {
-    "content": Channel.ANSWER,
-    "reasoning_content": Channel.REASONING,
-    "reasoning": Channel.REASONING,
-    "refusal": Channel.REFUSAL,
-}
-_TOP_FIELDS: Final = frozenset(("id", "object", "created", "model", "system_fingerprint", "service_tier", "usage"))
-_CHOICE_FIELDS: Final = frozenset(("index", "finish_reason"))
-_CALL_FIELDS: Final = frozenset(("index", "id", "type"))
-_ROLES: Final = frozenset(role.value for role in Role)
-
-
-class _Text(NamedTuple):
-    slot: Slot
-    channel: Channel
-    text: str
-
-
-@dataclass(slots=True)
-class _Parts:
-    """A delta or message taken apart: what passes, what is judged, and how many characters are dropped, by field."""
-
-    plain: dict[str, Any] = field(default_factory=dict)
-    texts: list[_Text] = field(default_factory=list)
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def drop(self, name: str, value: Any) -> None:
-        self.dropped[name] = self.dropped.get(name, 0) + characters_in(value)
-
-
-def _carries_text(value: Any) -> bool:
-    """Whether a value could tell text: strings do, and so do arrays, which may be token ids."""
-    if isinstance(value, dict):
-        return any(map(_carries_text, value.values()))
-    return isinstance(value, str | list)
-
-
-def _without_text(
-    content: Mapping[str, Any], known: frozenset[str], trusted: frozenset[str], parts: _Parts, prefix: str = ""
-) -> dict[str, Any]:
-    """The known fields, and the unknown ones that carry no text."""
-    kept = {}
-    for name, value in content.items():
-        if name in known or name in trusted or not _carries_text(value):
-            kept[name] = value
-        elif name != "obfuscation":
-            parts.drop(prefix + name, value)
-    return kept
-
-
-def _take_apart(delta: Mapping[str, Any], judging: Judging, parts: _Parts) -> None:
-    """What of a delta (or message) passes, what is judged, and what is dropped."""
-    for name, value in delta.items():
-        if name in _TEXTS and (value is None or isinstance(value, str)):
-            if value:
-                parts.texts.append(_Text((name,), _TEXTS[name], value))
-            else:
-                parts.plain[name] = value
-        elif name == "role" and (value is None or value in _ROLES):
-            parts.plain[name] = value
-        elif name == "tool_calls" and isinstance(value, list):
-            calls = [_take_call(call, place, judging, parts) for place, call in enumerate(value)]
-            parts.plain[name] = [call for call in calls if call is not None]
-        elif name == "function_call" and isinstance(value, dict):
-            parts.plain[name] = _take_function(value, (name,), judging, parts)
-        elif name in judging.trusted or not _carries_text(value):
-            parts.plain[name] = value
-        else:
-            parts.drop(name, value)
-
-
-def _take_call(call: Any, place: int, judging: Judging, parts: _Parts) -> dict[str, Any] | None:
-    if not isinstance(call, dict):
-        parts.drop("tool_calls", call)
-        return None
-    index = call.get("index")
-    number = index if isinstance(index, int) else place
-    inner = {name: call[name] for name in ("function", "custom") if isinstance(call.get(name), dict)}
-    rest = {name: value for name, value in call.items() if name not in inner}
-    kept = _without_text(rest, _CALL_FIELDS, judging.trusted, parts, "tool_calls.")
-    for name, value in inner.items():
-        kept[name] = _take_function(value, ("tool_calls", number, name), judging, parts)
-    return kept
-
-
-def _take_function(function: Mapping[str, Any], slot: Slot, judging: Judging, parts: _Parts) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for name, value in function.items():
-        if value and isinstance(value, str) and name in ("arguments", "input", "name"):
-            if name == "name" and value in judging.tools:
-                kept[name] = value
-            else:
-                parts.texts.append(_Text((*slot, name), Channel.TOOL_CALL, value))
-        elif not _carries_text(value) or not value:
-            kept[name] = value
-        else:
-            parts.drop(".".join(str(step) for step in (*slot, name)), value)
-    return kept
-
-
-def _put(delta: dict[str, Any], slot: Slot, text: str) -> None:
-    """Put a text back where it stood."""
-    if slot[0] != "tool_calls":
-        place = delta
-        for step in slot[:-1]:
-            place = place.setdefault(str(step), {})
-        place[str(slot[-1])] = text
-        return
-    _, number, inner, name = slot
-    calls = delta.setdefault("tool_calls", [])
-    call = next((call for place, call in enumerate(calls) if call.get("index", place) == number), None)
-    if call is None:
-        call = {"index": number}
-        calls.append(call)
-    call.setdefault(str(inner), {})[str(name)] = text
-
-
-def _path(index: int, slot: Slot) -> str:
-    steps = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in slot)
-    return f"choices[{index}]{steps}"
+    @property
+    def known(self) -> Known:
+        """What else may pass."""
+        return Known(self.tools, self.trusted)
 
 
 # --- one text of a streaming choice -------------------------------------------------------------------------------
@@ -232,7 +122,7 @@ class _Channel:
     def __init__(self, judging: Judging, index: int, slot: Slot, kind: Channel) -> None:
         self.slot = slot
         self.kind = kind
-        self.path = _path(index, slot)
+        self.path = path_of(index, slot)
         self.ready = ""
         self.ending = False
         self._judging = judging
@@ -347,7 +237,7 @@ class _Piece:
         delta, self.delta = self.delta, {}
         self._begun = True
         for slot, ready in taken:
-            _put(delta, slot, ready)
+            put(delta, slot, ready)
         return delta
 
 
@@ -372,23 +262,7 @@ class _Choice:
 
     def turn(self) -> Turn:
         """All that came in for it, released or not."""
-        return _turn({channel.slot: channel.moderator.text for channel in self.channels.values()})
-
-
-def _turn(texts: Mapping[Slot, str]) -> Turn:
-    def joined(*names: str) -> str:
-        return "\n".join(texts[(name,)] for name in names if texts.get((name,)))
-
-    calls: dict[Slot, dict[str, str]] = {}
-    for slot, text in texts.items():
-        if slot[0] in ("tool_calls", "function_call"):
-            calls.setdefault(slot[:-1], {})[str(slot[-1])] = text
-    return Turn(
-        Role.ASSISTANT,
-        joined("content", "refusal"),
-        joined("reasoning_content", "reasoning"),
-        tuple(ToolCall(call.get("name", ""), call.get("arguments", call.get("input", ""))) for call in calls.values()),
-    )
+        return turn_of({channel.slot: channel.moderator.text for channel in self.channels.values()})
 
 
 def _dropped(fields: Mapping[str, int], prefix: str = "") -> Iterator[Coverage]:
@@ -508,8 +382,8 @@ class AnswerStream:
             self._take_choice(head, choice)
 
     def _take_head(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        parts = _Parts(dropped=self._dropped)
-        head = _without_text(chunk, _TOP_FIELDS, self._judging.trusted, parts)
+        parts = Parts(dropped=self._dropped)
+        head = without_text(chunk, TOP_FIELDS, self._judging.trusted, parts)
         if not self._head:
             self._head = {name: value for name, value in head.items() if name != "usage"}
         return head
@@ -524,10 +398,10 @@ class AnswerStream:
             choice = self._choices[index] = _Choice(index)
         if self._ends(choice):
             return
-        parts = _Parts(dropped=choice.dropped)
-        _take_apart(delta, self._judging, parts)
+        parts = Parts(dropped=choice.dropped)
+        take_apart(delta, self._judging.known, parts)
         rest = {name: value for name, value in content.items() if name not in ("delta", "index", "finish_reason")}
-        kept = _without_text(rest, frozenset(), self._judging.trusted, parts)
+        kept = without_text(rest, frozenset(), self._judging.trusted, parts)
         finish_reason = content.get("finish_reason")
         choice.finish_reason = finish_reason if isinstance(finish_reason, str) else None
         texts = self._take_texts(choice, parts.texts)
@@ -537,7 +411,7 @@ class AnswerStream:
         if choice.finish_reason is not None:
             choice.end_all()
 
-    def _take_texts(self, choice: _Choice, texts: Sequence[_Text]) -> list[tuple[_Channel, str]]:
+    def _take_texts(self, choice: _Choice, texts: Sequence[Text]) -> list[tuple[_Channel, str]]:
         """Give each text to its channel; the channels that got none are taken to be complete."""
         if not texts:
             return []
@@ -689,8 +563,8 @@ async def judge_answer(answer: Any, judging: Judging) -> tuple[dict[str, Any], l
         isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices
     ):
         raise UpstreamError("the upstream's answer is not a chat completion")
-    parts = _Parts()
-    head = _without_text(answer, _TOP_FIELDS, judging.trusted, parts)
+    parts = Parts()
+    head = without_text(answer, TOP_FIELDS, judging.trusted, parts)
     judged = await asyncio.gather(
         *(_judge_choice(place, choice, judging, parts) for place, choice in enumerate(choices))
     )
@@ -703,13 +577,13 @@ async def judge_answer(answer: Any, judging: Judging) -> tuple[dict[str, Any], l
 
 
 async def _judge_choice(
-    place: int, choice: dict[str, Any], judging: Judging, above: _Parts
+    place: int, choice: dict[str, Any], judging: Judging, above: Parts
 ) -> tuple[dict[str, Any], Decision | None]:
     index = choice.get("index", place)
-    parts = _Parts()
-    _take_apart(choice["message"], judging, parts)
+    parts = Parts()
+    take_apart(choice["message"], judging.known, parts)
     rest = {name: value for name, value in choice.items() if name != "message"}
-    kept = _without_text(rest, _CHOICE_FIELDS, judging.trusted, parts)
+    kept = without_text(rest, CHOICE_FIELDS, judging.trusted, parts)
     texts = [text._replace(text=mended(text.text)) for text in parts.texts]
     decision: Decision | None = None
     if texts:
@@ -718,24 +592,24 @@ async def _judge_choice(
         coverage = [part for one in decided for part in one.coverage]
         coverage += (*_dropped(parts.dropped, f"choices[{index}]."), *_dropped(above.dropped))
         decision = replace(decided[number], coverage=tuple(coverage))
-        turn = _turn({text.slot: text.text for text in texts})
+        turn = turn_of({text.slot: text.text for text in texts})
         identity = await judging.keep(decision, judging.prompt.then(turn))
-        path = _path(index, texts[number].slot)
+        path = path_of(index, texts[number].slot)
         kept["tidegate"] = decision_field(decision, judging.policy, path=path, identity=identity)
         if decision.action >= BLOCKS:
             message = {"role": "assistant", "content": judging.policy.message_for(decision.rule)}
             return {**kept, "message": message, "finish_reason": "content_filter"}, decision
     for text in texts:
-        _put(parts.plain, text.slot, text.text)
+        put(parts.plain, text.slot, text.text)
     return {**kept, "message": parts.plain}, decision
 
 
-async def _judge_text(index: int, text: _Text, judging: Judging) -> Decision:
+async def _judge_text(index: int, text: Text, judging: Judging) -> Decision:
     return await moderate(
         judging.prompt.then(Turn(Role.ASSISTANT, text.text)),
         guard=judging.guard,
         policy=judging.policy,
         scope=judging.scope,
         timeout_s=judging.timeout_s,
-        coverage=(Coverage(_path(index, text.slot), text.channel, CoverageState.JUDGED, len(text.text)),),
+        coverage=(Coverage(path_of(index, text.slot), text.channel, CoverageState.JUDGED, len(text.text)),),
     )

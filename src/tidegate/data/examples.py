@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -33,7 +34,7 @@ def read_examples(path: Path) -> Iterator[Example]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _parse_line(line, path, number)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"cannot be read as UTF-8 JSON lines: {error}", where=str(path)) from error
 
 
@@ -42,7 +43,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
     count = 0
     with _create_text(path) as file:
         for example in examples:
-            file.write(json.dumps(example_to_row(example), ensure_ascii=False) + "\n")
+            file.write(_line(example_to_row(example)) + "\n")
             count += 1
     return count
 
@@ -70,7 +71,7 @@ def example_from_row(row: Mapping[str, Any], *, where: str = "row") -> Example:
     if not isinstance(extra, dict):
         raise InputError("expected an object", where=f"{where}.extra")
     return Example(
-        id=str(row.get("id", "")),
+        id="" if row.get("id") is None else str(row["id"]),
         conversation=conversation,
         target=target,
         severity=severity,
@@ -161,6 +162,8 @@ def _parse_line(line: str, path: Path, number: int) -> Example:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"not JSON: {error.msg} at column {error.colno}", where=where) from error
+    except RecursionError as error:
+        raise InputError("not JSON that can be read: nested too deeply", where=where) from error
     if not isinstance(row, dict):
         raise InputError("expected a JSON object", where=where)
     return example_from_row(row, where=where)
@@ -176,6 +179,15 @@ def _message(turn: Turn) -> dict[str, Any]:
             for call in turn.tool_calls
         ]
     return message
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair: only its escape can be written
+        return json.dumps(row)
+    return line
 
 
 def _open_text(path: Path) -> IO[str]:

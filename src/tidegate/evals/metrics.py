@@ -90,8 +90,10 @@ def best_threshold(positive: Flags, scores: Array, weights: Array | None = None)
     f1 = 2 * hits / (hit.sum() + called)
     last_of_tie = np.r_[ranked[1:] != ranked[:-1], True]
     best = int(np.argmax(np.where(last_of_tie, f1, -1.0)))
-    following = ranked[best + 1] if best + 1 < len(ranked) else 0.0
-    return float((ranked[best] + following) / 2)
+    following = ranked[best + 1] if best + 1 < len(ranked) else min(0.0, ranked[best])
+    middle = float((ranked[best] + following) / 2)
+    # the middle of two neighbouring floats is one of them
+    return middle if middle > following else float(ranked[best])
 
 
 def softmax(logits: Array) -> Array:

@@ -83,7 +83,7 @@ GuardOption = Annotated[str | None, typer.Option("--guard", metavar="SPEC", help
 PolicyOption = Annotated[
     str | None, typer.Option("--policy", metavar="FILE", help="A preset (strict, balanced, loose) or a policy file.")
 ]
-HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on.  [default: 127.0.0.1]")]
+HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on.", show_default="127.0.0.1")]
 
 
 @app.callback(invoke_without_command=True)
@@ -362,9 +362,11 @@ def serve(
     policy: PolicyOption = None,
     guard: GuardOption = None,
     host: HostOption = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.  [default: 8080]")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 0 takes a free one.", show_default="8080")
+    ] = None,
     database: Annotated[
-        str | None, typer.Option(metavar="URL", help="Where decisions are kept.  [default: sqlite:///tidegate.db]")
+        str | None, typer.Option(metavar="URL", help="Where decisions are kept.", show_default="sqlite:///tidegate.db")
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Start the demo upstream too: no LLM needed.")] = False,
 ) -> None:
@@ -430,7 +432,7 @@ def _application(settings: Settings, guard: StreamGuard, policy: Policy, store: 
         guard=guard,
         policy=policy,
         answer=asking.ask if asking else None,
-        upstream=settings.upstream_url or "",
+        upstream="the demo upstream: written answers, no model" if demo else settings.upstream_url or "",
         keep=store.keep,
         suggestions=_suggestions(demo=demo),
     )
@@ -595,7 +597,9 @@ def _scores(group: dict[str, Any]) -> list[str]:
 def train_edge(
     recipe: Annotated[Path, typer.Argument(help="The recipe, as recipes/edge.yaml.")],
     data: Annotated[Path, typer.Option(help="Folder of examples (*.jsonl, *.jsonl.gz) with train and dev splits.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/<name of the recipe>]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run.", show_default="runs/<name of the recipe>")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with the run in the folder.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
@@ -618,7 +622,7 @@ def train_edge(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or of a checkpoint.")],
     onnx: Annotated[bool, typer.Option("--onnx", help="As one ONNX file with 8-bit weights.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.  [default: RUN/onnx]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="RUN/onnx")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of examples: compare with torch and calibrate on their dev split.")
     ] = None,
@@ -660,12 +664,18 @@ def guards() -> None:
     """List the guards of this installation, and whether they can be loaded."""
     from tidegate.guards import list_guards
 
-    table = Table("guard", "what it is", "languages", "size", "here", box=None, pad_edge=False, header_style="bold")
-    for row in list_guards():
+    console = Console(highlight=False)
+    rows = list_guards()
+    table = Table("guard", "what it is", "size", "here", box=None, pad_edge=False, header_style="bold")
+    for row in rows:
         size = f"{row.bytes / 1e6:.1f} MB" if row.bytes else "–"
-        here = Text("yes", style="green") if row.available else Text(f"no: {row.why_not}", style="yellow")
-        table.add_row(row.spec, row.description, " ".join(row.languages) or "–", size, here)
-    Console(highlight=False).print(table)
+        table.add_row(row.spec, row.description, size, Text("yes", "green") if row.available else Text("no", "yellow"))
+    console.print(table)
+    for row in rows:
+        if row.languages:
+            console.print(f"{row.spec} was trained on: {' '.join(row.languages)}", soft_wrap=True)
+        if not row.available:
+            _say(f"{row.spec} cannot be loaded: {row.why_not}", style="yellow")
 
 
 # --- saying things ------------------------------------------------------------------------------------------------

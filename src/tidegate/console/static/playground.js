@@ -277,7 +277,7 @@
     token.element.classList.add("here");
     $("inspect-empty").hidden = true;
     $("inspect-facts").hidden = false;
-    $("inspect-text").textContent = token.withheld ? `(${plural(token.length, "character")}, never left)` : JSON.stringify(token.text).slice(1, -1);
+    $("inspect-text").textContent = token.withheld ? `withheld, ${token.length}` : JSON.stringify(token.text).slice(1, -1);
     for (const name of ["safe", "controversial", "unsafe"]) {
       $(`meter-${name}`).value = token.probabilities[name];
       $(`number-${name}`).textContent = percent(token.probabilities[name]);

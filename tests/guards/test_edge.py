@@ -7,6 +7,8 @@ import gc
 import json
 import random
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
@@ -710,3 +712,13 @@ def test_guards_are_listed_without_loading_one(folder: Path, tmp_path: Path, mon
     (row,) = list_guards()
     assert not row.available
     assert "model.onnx" in row.why_not
+
+
+def test_the_guard_needs_no_torch(folder: Path) -> None:
+    code = (
+        "import asyncio, sys, tidegate\n"
+        f"guard = tidegate.load_guard({f'edge:{folder}'!r})\n"
+        "asyncio.run(guard.judge(tidegate.Conversation.of('hello')))\n"
+        "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

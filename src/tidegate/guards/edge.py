@@ -32,7 +32,7 @@ EDGE_FILES: Final = ("model.onnx", "tokenizer.json", "config.json")
 _ROLE_TOKENS: Final = {Role.SYSTEM: "<|system|>", Role.USER: "<|user|>", Role.TOOL: "<|tool|>"}
 _IN_FLIGHT: Final = 16
 """How many windows of one text are computed at once: more would make other texts wait."""
-_LONG_TEXT: Final = 16_384
+_LONG_TEXT: Final = 2_048
 """From this many characters on, text is tokenized beside the event loop and not in it."""
 
 

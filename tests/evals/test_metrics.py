@@ -36,9 +36,7 @@ def f1_of(positive: np.ndarray, called: np.ndarray, weights: np.ndarray) -> floa
 @given(ROWS)
 def test_auroc_is_the_share_of_pairs_in_the_right_order_with_ties_counted_half(rows: list[tuple[bool, float]]) -> None:
     positive, scores = arrays(rows)
-    pairs = [
-        1.0 if up > down else 0.5 if up == down else 0.0 for up in scores[positive] for down in scores[~positive]
-    ]
+    pairs = [1.0 if up > down else 0.5 if up == down else 0.0 for up in scores[positive] for down in scores[~positive]]
     found = auroc(positive, scores)
     assert (found is None) == (not pairs)
     if found is not None:

@@ -226,7 +226,7 @@ class TokenVerdict:
             without gaps, starting at 0; several tokens of one character share it.
         severity: the guard's call at this token, before any debounce.
         probabilities: calibrated probability of each severity.
-        category: the most probable category, meaningful only when the severity is not SAFE; None when the guard has none.
+        category: the most probable category, meaningful only when the severity is not SAFE; None for none.
         category_probability: its probability given that the text is not safe, in [0, 1].
     """
 

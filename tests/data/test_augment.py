@@ -1,4 +1,4 @@
-"""Disguises hide words and keep the text readable; nothing fails, and the same draw gives the same text."""
+"""Disguises hide words and keep the text readable; nothing fails, and one draw gives one text."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """The guard in the wheel: a small model of the Stream architecture on ONNX Runtime, without torch.
 
-A turn becomes ``<|role|> tokens <|end|>``. A prompt is judged at its ``<|end|>``; an answer, after the last user turn
-as context, at each of its tokens and at its ``<|end|>``. Text longer than the window is judged in overlapping windows;
-no token is skipped and the worst verdict wins. Windows begin at fixed token numbers and tokens are final only when no
-further text can change them, so every verdict is a function of the text before it and of nothing else.
+A turn becomes ``<|user|> tokens <|end|>`` or ``<|assistant|> tokens <|end|>``. The model was trained on these two: what
+a system or a tool says is judged as if a user had written it, and reasoning as if it were an answer. A prompt is judged
+at its ``<|end|>``; an answer, after the last user turn as context, at each of its tokens and at its ``<|end|>``. Text
+longer than the window is judged in overlapping windows; no token is skipped and the worst verdict wins. Windows begin
+at fixed token numbers and tokens are final only when no further text can change them, so every verdict is a function of
+the text before it and of nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ SHIPPED: Final = Path(__file__).parent / "edge_model"
 EDGE_FILES: Final = ("model.onnx", "tokenizer.json", "config.json")
 """What the folder of an edge guard holds."""
 
-_ROLE_TOKENS: Final = {Role.SYSTEM: "<|system|>", Role.USER: "<|user|>", Role.TOOL: "<|tool|>"}
 _IN_FLIGHT: Final = 16
 """How many windows of one text are computed at once: more would make other texts wait."""
 _LONG_TEXT: Final = 2_048
@@ -67,9 +68,9 @@ class _Template:
     def end(self) -> int:
         return self._control["<|end|>"]
 
-    def prompt(self, role: Role, tokens: Sequence[Token], *, later: bool) -> list[int]:
+    def prompt(self, tokens: Sequence[Token], *, later: bool) -> list[int]:
         more = [self._control["<|more|>"]] if later else []
-        return [self._control[_ROLE_TOKENS[role]], *more, *(token.id for token in tokens), self.end]
+        return [self._control["<|user|>"], *more, *(token.id for token in tokens), self.end]
 
     async def header(self, before: Sequence[Turn]) -> tuple[int, ...]:
         """The last user turn as context, its middle left out when it is long; () when there is none."""
@@ -83,9 +84,9 @@ class _Template:
             ids = [*ids[:head], self._control["<|more|>"], *ids[len(ids) - (limit - head) :]]
         return (self._control["<|user|>"], *ids, self.end)
 
-    def opening(self, header: tuple[int, ...], *, reasoning: bool, later: bool) -> list[int]:
+    def opening(self, header: tuple[int, ...], *, later: bool) -> list[int]:
         more = [self._control["<|more|>"]] if later else []
-        return [*header, self._control["<|think|>" if reasoning else "<|assistant|>"], *more]
+        return [*header, self._control["<|assistant|>"], *more]
 
     async def tokens(self, text: str) -> list[Token]:
         if len(text) < _LONG_TEXT:
@@ -158,12 +159,11 @@ class EdgeGuard:
         """How many sessions are open now."""
         return len(self._open)
 
-    def open(self, context: Conversation | None, *, reasoning: bool = False) -> EdgeSession:
+    def open(self, context: Conversation | None) -> EdgeSession:
         """Open a session for text that an assistant writes after these turns; None when nothing came before.
 
         Args:
             context: the turns before; the last user turn among them is what counts.
-            reasoning: whether the text is the assistant's thinking and not its answer.
 
         Raises:
             GuardOverloaded: when ``most_sessions`` are open.
@@ -173,7 +173,7 @@ class EdgeGuard:
             raise GuardUnavailable("the guard is closed")
         if len(self._open) >= self._most_sessions:
             raise GuardOverloaded(f"{self._most_sessions} sessions are open already")
-        session = EdgeSession(self, context.turns if context else (), reasoning=reasoning)
+        session = EdgeSession(self, context.turns if context else ())
         self._open.add(session)
         return session
 
@@ -193,7 +193,7 @@ class EdgeGuard:
         header = await self._template.header(before)
         verdicts = [await self._judge_answer(header, turn.content)]
         if turn.reasoning:
-            verdicts.append(_without_span(await self._judge_answer(header, turn.reasoning, reasoning=True)))
+            verdicts.append(_without_span(await self._judge_answer(header, turn.reasoning)))
         for call in turn.tool_calls:
             verdicts.append(_without_span(await self._judge_answer(header, call.arguments)))
         return worst(verdicts)
@@ -214,8 +214,7 @@ class EdgeGuard:
         verdicts: list[Verdict] = []
         for part in _groups(windows):
             jobs = [
-                _Job(CachedSequence(), self._template.prompt(turn.role, tokens[w.seen : w.stop], later=w.seen > 0))
-                for w in part
+                _Job(CachedSequence(), self._template.prompt(tokens[w.seen : w.stop], later=w.seen > 0)) for w in part
             ]
             for window, logits in zip(part, await self._compute(jobs, last_only=True), strict=True):
                 span = _span(tokens, window) if len(windows) > 1 else None
@@ -223,14 +222,14 @@ class EdgeGuard:
                 verdicts.append(self._verdict(Target.PROMPT, row, span))
         return worst(verdicts)
 
-    async def _judge_answer(self, header: tuple[int, ...], text: str, *, reasoning: bool = False) -> Verdict:
+    async def _judge_answer(self, header: tuple[int, ...], text: str) -> Verdict:
         tokens = await self._template.tokens(text)
         windows = self._template.answer_windows(len(tokens), header)
         verdicts: list[Verdict] = []
         for part in _groups(windows):
             jobs = []
             for window in part:
-                ids = self._template.opening(header, reasoning=reasoning, later=window.seen > 0)
+                ids = self._template.opening(header, later=window.seen > 0)
                 ids += [token.id for token in tokens[window.seen : window.stop]]
                 ids += [self._template.end] if window.stop == len(tokens) else []
                 jobs.append(_Job(CachedSequence(), ids))
@@ -284,10 +283,9 @@ class EdgeSession:
     not overlap, except ``close``.
     """
 
-    def __init__(self, guard: EdgeGuard, before: tuple[Turn, ...], *, reasoning: bool) -> None:
+    def __init__(self, guard: EdgeGuard, before: tuple[Turn, ...]) -> None:
         self._guard = guard
         self._before = before
-        self._reasoning = reasoning
         self._text = guard.tokenizer.incremental()
         self._header: tuple[int, ...] | None = None
         self._sequence = CachedSequence()
@@ -369,7 +367,7 @@ class EdgeSession:
         """Begin a window: the first one, or one that repeats the end of the answer so far."""
         later = bool(self._recent)
         self._sequence = CachedSequence()
-        self._opening = self._guard._template.opening(header, reasoning=self._reasoning, later=later) + self._recent
+        self._opening = self._guard._template.opening(header, later=later) + self._recent
         template = self._guard._template
         self._room = template.later_room(header) if later else template.first_room(header)
 

@@ -231,12 +231,12 @@ async def test_empty_text_is_judged_like_any_other(guard: EdgeGuard, text: str) 
     assert (await guard.judge(Conversation.of("hello", text))).probabilities.flagged > 0
 
 
-async def test_the_role_of_the_judged_turn_counts(guard: EdgeGuard) -> None:
+async def test_what_a_system_or_a_tool_says_is_judged_as_if_a_user_had_written_it(guard: EdgeGuard) -> None:
     found = {
         values((await guard.judge(Conversation((Turn(role, "hello there"),)))).probabilities)
         for role in (Role.USER, Role.SYSTEM, Role.TOOL)
     }
-    assert len(found) == 3
+    assert len(found) == 1
 
 
 async def test_earlier_turns_are_not_part_of_a_prompt(guard: EdgeGuard) -> None:

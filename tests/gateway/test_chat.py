@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -593,6 +594,39 @@ async def test_a_client_that_does_not_wait_for_the_answer(
         await until(lambda: upstream.received[0].cancelled, "the upstream to be cancelled")
 
     assert record.actions == ["allow"]
+
+
+async def test_a_client_that_stops_reading_is_given_up(upstream: FakeUpstream, upstream_url: str) -> None:
+    """It stays connected, and holds nothing: the upstream is cancelled, the session closed, the decision kept."""
+    guard, record = FakeStreamGuard(), Record()
+    more_than_any_socket_buffers = [f"{'a' * 65_536} "] * 400
+    upstream.reply = Reply.stream(*text_chunks(more_than_any_socket_buffers, finish_reason=None), Hang())
+    app = create_app(
+        guard=guard,
+        policy=make_policy(),
+        keep=record,
+        upstream_url=upstream_url,
+        client_timeout_s=0.5,
+    )
+    body = json.dumps({"model": "m", "messages": HELLO, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+
+    with serving(app) as url, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        client.sendall(head + body)
+        await until(lambda: guard.contexts, "the session to be opened")
+        await until(lambda: upstream.received and upstream.received[0].cancelled, "the upstream to be cancelled")
+        await until(lambda: guard.open_sessions == 0, "the session to be closed")
+        await until(lambda: len(record.kept) == 2, "the decision to be kept")
+        async with httpx.AsyncClient() as observer:
+            metrics = (await observer.get(f"{url}/metrics")).text
+
+    assert record.actions == ["allow", "allow"]
+    assert 65_536 < record.kept[1][0].coverage[0].characters < 400 * 65_537
+    assert "tidegate_open_streams 0.0" in metrics
+    assert "tidegate_held_characters 0.0" in metrics
+    assert "tidegate_stalled_clients_total 1.0" in metrics
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------

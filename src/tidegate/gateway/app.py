@@ -52,6 +52,7 @@ def create_app(
     upstream_key: str | None = None,
     longest_body: int = DEFAULT_LONGEST_BODY,
     guard_timeout_s: float | None = 10.0,
+    client_timeout_s: float | None = 60.0,
     connect_timeout_s: float = 10.0,
     silence_timeout_s: float = 300.0,
     health: HealthTexts = HealthTexts(),
@@ -70,6 +71,8 @@ def create_app(
         upstream_key: sent to the upstream as bearer token; None sends the Authorization of each client on.
         longest_body: the most bytes of a request.
         guard_timeout_s: seconds that the guard may take for a text or a piece of one; None for as long as it wants.
+        client_timeout_s: seconds that a client may take nothing of a streaming answer before it is given up as if it
+            had hung up; None for as long as it wants.
         connect_timeout_s: seconds until a connection to the upstream stands.
         silence_timeout_s: seconds that the upstream may say nothing.
         health: what ``/healthz`` asks the guard.
@@ -97,6 +100,7 @@ def create_app(
         telemetry=telemetry,
         longest_body=longest_body,
         guard_timeout_s=guard_timeout_s,
+        client_timeout_s=client_timeout_s,
         trusted=frozenset(trusted_fields),
     )
     moderations = Moderations(

@@ -3,6 +3,7 @@
 The prompt is judged while the upstream already starts; nothing of its answer is read before the prompt's decision is
 there. Then the answer goes through `tidegate.gateway.answers`. Every decision is kept before the client sees the end of
 the exchange, also when the client hangs up in the middle: that ends the upstream's request and closes every session.
+A client that stays but stops reading is given up after a while, as if it had hung up.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Send
+from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from tidegate.errors import StoreError, TidegateError, UpstreamError
@@ -46,6 +47,10 @@ _EVENT_STREAM: Final = "text/event-stream"
 _NO_USAGE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
 
+class _Stalled(Exception):
+    """The client is still there, but does not take what is sent."""
+
+
 class Chat:
     """The endpoint.
 
@@ -57,6 +62,7 @@ class Chat:
         telemetry: counts.
         longest_body: the most bytes of a request.
         guard_timeout_s: seconds that the guard may take for each step; None for as long as it wants.
+        client_timeout_s: seconds that the client may take nothing of what is sent; None for as long as it wants.
         trusted: names of upstream fields that the operator says carry no text of the model.
     """
 
@@ -70,6 +76,7 @@ class Chat:
         telemetry: Telemetry,
         longest_body: int,
         guard_timeout_s: float | None,
+        client_timeout_s: float | None,
         trusted: frozenset[str],
     ) -> None:
         self.guard = guard
@@ -77,6 +84,7 @@ class Chat:
         self.upstream = upstream
         self.telemetry = telemetry
         self.guard_timeout_s = guard_timeout_s
+        self.client_timeout_s = client_timeout_s
         self.trusted = trusted
         self._keep = keep
         self._longest_body = longest_body
@@ -128,11 +136,14 @@ class _Exchange:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
+        except _Stalled:
+            self._door.telemetry.stalled_clients.inc()
+            _log.warning("a client stopped reading its answer, and was given up")
         finally:
             for task in (gone, work):
                 task.cancel()
             await asyncio.wait({work, gone})
-            if not work.cancelled() and work.exception() is not None:
+            if not work.cancelled() and work.exception() is not None and not isinstance(work.exception(), _Stalled):
                 _log.debug("exchange ended early", extra={"reason": type(work.exception()).__name__})
 
     async def _run(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
@@ -243,8 +254,9 @@ class _Exchange:
         judged, _ = await judge_answer(await answer.json(), self._judging())
         return JSONResponse(judged)
 
-    async def _stream(self, answer: UpstreamAnswer, send: Send) -> None:
+    async def _stream(self, answer: UpstreamAnswer, to_client: Send) -> None:
         telemetry = self._door.telemetry
+        send = _patient(to_client, self._door.client_timeout_s)
         stream = AnswerStream(self._judging(), choices=self._chat.choices)
         await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
         held = 0
@@ -287,6 +299,19 @@ async def _advance(stream: AnswerStream, answer: UpstreamAnswer) -> Any:
         yield await stream.end(error)
         return
     yield await stream.end()
+
+
+def _patient(send: Send, timeout_s: float | None) -> Send:
+    """The same, which raises _Stalled when the client takes nothing for so long."""
+
+    async def patiently(message: Message) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await send(message)
+        except TimeoutError:
+            raise _Stalled from None
+
+    return patiently
 
 
 async def _closed(stream: AnswerStream) -> None:

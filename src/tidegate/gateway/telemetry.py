@@ -35,6 +35,9 @@ class Telemetry:
         self.upstream_errors = Counter(
             "tidegate_upstream_errors", "Upstreams that failed, by kind.", ("kind",), registry=self.registry
         )
+        self.stalled_clients = Counter(
+            "tidegate_stalled_clients", "Clients that stopped reading and were given up.", registry=self.registry
+        )
         guard_seconds = Histogram(
             "tidegate_guard_seconds",
             "Time in the guard: judge for a whole text, step for a piece of a stream.",

@@ -10,9 +10,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 HOST ?= 127.0.0.1
 PORT ?= 8080
 
-# The build of PyTorch without CUDA. Anything else than Linux has it in the ordinary index.
+# PyTorch is for the tests that need it. On Linux the ordinary index gives the build for CUDA, which is several GB: to
+# get the small one, give the address of PyTorch's index of CPU builds, as make test TORCH_INDEX=...
 TORCH_VERSION ?= 2.13.0
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check bench screenshot clean
@@ -54,11 +55,8 @@ $(VENV)/.run: $(VENV)/.made pyproject.toml
 # Tests that need torch skip when it cannot be had; so a failure to get it ends nothing.
 $(VENV)/.torch: $(VENV)/.made
 	@echo "installing PyTorch for the tests that need it (once)"
-	@if [ "$$(uname)" = Linux ]; then \
-		$(PIP) "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
-		|| $(PIP) --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)+cpu" \
-		|| echo "no PyTorch for this machine: its tests will be skipped"; \
-	else $(PIP) "torch==$(TORCH_VERSION)" || echo "no PyTorch for this machine: its tests will be skipped"; fi
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==$(TORCH_VERSION)" \
+	|| echo "no PyTorch for this machine: its tests will be skipped"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run $(VENV)/.torch pyproject.toml

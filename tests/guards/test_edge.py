@@ -576,7 +576,7 @@ async def test_nothing_is_left_after_many_sessions(guard: EdgeGuard) -> None:
     assert guard.sessions == 0
     assert guard._engine.waiting == 0
     assert len(asyncio.all_tasks()) == 1
-    left = [o for o in gc.get_objects() if isinstance(o, EdgeSession)]
+    left = [o for o in gc.get_objects() if type(o) is EdgeSession]
     assert not left
 
 

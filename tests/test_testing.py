@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from serving import serving, wait_until
 from tidegate.errors import GuardOverloaded, GuardTimeout, GuardUnavailable, SessionClosed
 from tidegate.guards.base import Guard, StreamGuard
-from tidegate.testing import Die, FakeGuard, FakeStreamGuard, FakeUpstream, Hang, Reply, chunk, completion, text_chunks
+from tidegate.testing import (
+    Die,
+    FakeGuard,
+    FakeStreamGuard,
+    FakeUpstream,
+    Hang,
+    NoGuard,
+    Reply,
+    chunk,
+    completion,
+    text_chunks,
+)
 from tidegate.types import Conversation, Severity, TokenVerdict
 
 
@@ -22,6 +33,20 @@ def test_they_are_guards() -> None:
     """The protocols say so."""
     assert isinstance(FakeGuard(), Guard)
     assert isinstance(FakeStreamGuard(), StreamGuard)
+
+
+async def test_no_guard_finds_everything_safe_at_once() -> None:
+    """Each piece is one token that is complete; a whole text is safe."""
+    guard = NoGuard()
+    session = guard.open(None)
+
+    tokens = [token for piece in ("a bo", "mb", "", " bomb") for token in await session.feed(piece)]
+
+    assert isinstance(guard, StreamGuard)
+    assert [(token.span.start, token.span.end) for token in tokens] == [(0, 4), (4, 6), (6, 11)]
+    assert {token.severity for token in tokens} == {Severity.SAFE}
+    assert await session.finish() == ()
+    assert (await guard.judge(Conversation.of("bomb"))).severity is Severity.SAFE
 
 
 async def test_words_decide() -> None:

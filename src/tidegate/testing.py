@@ -1,4 +1,4 @@
-"""Fakes for tests, of ours and of anybody who builds on Tidegate: two guards that judge by words, and an upstream.
+"""Fakes for tests, of ours and of anybody who builds on Tidegate: guards that judge by words or not, and an upstream.
 
 They need no model, no network and no luck. What a fake guard says follows from the words of the text alone, its
 trouble included: a word can make it fail or hang, so that a test can steer it from the far end of a real server.
@@ -36,6 +36,7 @@ __all__ = [
     "FakeStreamGuard",
     "FakeUpstream",
     "Hang",
+    "NoGuard",
     "Pause",
     "Received",
     "Reply",
@@ -242,6 +243,36 @@ class FakeSession:
             self._worst = severity, category
         start, self._judged = self._judged, self._judged + len(text)
         return _token(start, self._judged, severity, category)
+
+
+class NoGuard:
+    """A guard that finds everything safe at once, each piece as one token: what is left of a path without its guard."""
+
+    name = "none"
+
+    async def judge(self, conversation: Conversation) -> Verdict:
+        return Verdict(conversation.target, Severity.SAFE, _PROBABILITIES[Severity.SAFE], guard=self.name)
+
+    def open(self, context: Conversation | None) -> _NoSession:
+        return _NoSession()
+
+    async def close(self) -> None:
+        pass
+
+
+class _NoSession:
+    def __init__(self) -> None:
+        self._judged = 0
+
+    async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
+        start, self._judged = self._judged, self._judged + len(text)
+        return (_token(start, self._judged, Severity.SAFE, None),) if text else ()
+
+    async def finish(self) -> tuple[TokenVerdict, ...]:
+        return ()
+
+    def close(self) -> None:
+        pass
 
 
 def _token(start: int, end: int, severity: Severity, category: str | None) -> TokenVerdict:

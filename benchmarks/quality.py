@@ -10,7 +10,7 @@ What is compared:
 
 - TF-IDF with logistic regression (see baselines.py), trained on the pack, and a second time on the pack and the
   synthetic examples that the edge guard is trained on, so that it lacks nothing that the guard had. For answers it is
-  trained with and without the prompt before the answer, and the better of the two on dev is taken;
+  trained with and without the prompt before the answer; the better of the two on dev is taken, the other shown beside;
 - alt-profanity-check and better-profanity;
 - the guard, by its probabilities and by its own calls.
 
@@ -223,7 +223,7 @@ def score_classifiers(learn: Sequence[Example], extra: Sequence[Example], rows: 
     for target, with_prompt in ((Target.PROMPT, False), (Target.RESPONSE, False), (Target.RESPONSE, True)):
         parts = [[e for e in part if e.target is target] for part in (learn, extra, rows.examples)]
         key = (
-            *map(inspect.getsource, source),
+            *(inspect.getsource(part) for part in source),
             f"{ClassifierSettings()} {with_prompt} {baselines.versions()['scikit-learn']}",
             *map(digest_examples, parts),
         )
@@ -235,7 +235,7 @@ def score_classifiers(learn: Sequence[Example], extra: Sequence[Example], rows: 
         )
         for name, probabilities in made.items():
             kept[f"{name}/{target.value}/{reads}"] = probabilities
-    return [_chosen(name, label, kept, rows) for name, label in (("plain", ""), ("synthetic", " + synthetic"))]
+    return [*_by_variant("plain", "", kept, rows), *_by_variant("synthetic", " + synthetic", kept, rows)]
 
 
 def _train_classifiers(parts: Sequence[Sequence[Example]], with_prompt: bool) -> dict[str, Any]:
@@ -258,24 +258,35 @@ def _train_one(name: str, counts: Sequence[Counts], labels: Sequence[npt.NDArray
     return probabilities
 
 
-def _chosen(name: str, label: str, kept: Mapping[str, Any], rows: Rows) -> Scored:
-    """Of the variants for a target, the one with the best AUROC on dev."""
-    probabilities = np.full((len(rows.truth), 3), np.nan)
-    about: dict[str, Any] = {}
-    for target in Target:
-        where = rows.target == target.value
-        on_dev = where & rows.dev
-        truth = rows.truth[on_dev] >= Severity.CONTROVERSIAL
-        dev_of_target = rows.dev[where]
-        variants = [key for key in kept if key.startswith(f"{name}/{target.value}/")]
-        dev = {key: auroc(truth, 1 - kept[key][dev_of_target, 0]) or 0.0 for key in variants}
-        best = max(variants, key=lambda key: dev[key])
-        probabilities[where] = kept[best]
-        about[target.value] = {
-            "reads": best.rsplit("/", 1)[1],
-            "dev_auroc": {key.rsplit("/", 1)[1]: round(value, 4) for key, value in dev.items()},
+def _by_variant(name: str, label: str, kept: Mapping[str, Any], rows: Rows) -> list[Scored]:
+    """One guard of the variants that are best on dev, and one of each other variant for responses."""
+    truth = rows.truth >= Severity.CONTROVERSIAL
+    dev: dict[str, float] = {}
+    for key in kept:
+        target = key.split("/")[1]
+        if key.startswith(f"{name}/"):
+            here = rows.target == target
+            dev[key] = auroc(truth[here & rows.dev], 1 - kept[key][rows.dev[here], 0]) or 0.0
+    ranked = sorted(dev, key=lambda key: -dev[key])
+    prompts, *responses = [*_of(ranked, Target.PROMPT), *_of(ranked, Target.RESPONSE)]
+    found = []
+    for place, answers in enumerate(responses):
+        probabilities = np.zeros((len(rows.truth), 3))
+        for key in (prompts, answers):
+            probabilities[rows.target == key.split("/")[1]] = kept[key]
+        reads = answers.split("/")[2]
+        about = {
+            "reads": reads,
+            "dev_auroc": {key: round(dev[key], 4) for key in ((answers,) if place else (prompts, answers))},
         }
-    return Scored(f"TF-IDF + LR{label}", 1 - probabilities[:, 0], probabilities[:, 2], None, about)
+        about |= {"only": Target.RESPONSE.value} if place else {}
+        title = f"TF-IDF + LR{label}" + (f" ({reads})" if place else "")
+        found.append(Scored(title, 1 - probabilities[:, 0], probabilities[:, 2], None, about))
+    return found
+
+
+def _of(keys: Sequence[str], target: Target) -> list[str]:
+    return [key for key in keys if key.split("/")[1] == target.value]
 
 
 def score_guard(spec: str, rows: Rows, cache: Cache) -> Scored:
@@ -567,10 +578,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     extra = extra[:: max(1, len(extra) // args.limit)] if args.limit else extra
     talk(f"{len(extra):,} synthetic rows")
     cache = Cache(args.cache)
-    scored = [*score_filters(rows, cache), *score_classifiers(learn, extra, rows, cache)]
+    filters = score_filters(rows, cache)
+    scored = [*score_classifiers(learn, extra, rows, cache), *filters]
     if args.guard != "none":
-        scored.append(score_guard(args.guard, rows, cache))
-    scored.reverse()
+        scored.insert(0, score_guard(args.guard, rows, cache))
     guards = {one.name: guard_figures(one, rows) for one in scored}
     sets = guards[scored[0].name]["eval"]["set"]
     return {

@@ -64,10 +64,15 @@ def _rules_of(cell: Mapping[str, Any]) -> list[str]:
     return [rule for rule in RULES if rule in cell]
 
 
+def _guards(figures: Mapping[str, Any], target: str | None = None) -> dict[str, Any]:
+    """The guards that judge a target in a way of their own; without a target, those that do for all."""
+    return {name: g for name, g in figures["guards"].items() if g["about"].get("only") in (None, target)}
+
+
 def _dev(figures: Mapping[str, Any]) -> str:
     rows = []
     for target in TARGETS:
-        for name, guard in figures["guards"].items():
+        for name, guard in _guards(figures, target).items():
             cell = guard["dev"]["target"][target]
             strict, loose = cell["strict"], cell["loose"]
             s, u = strict["best_f1"], loose["best_f1"]
@@ -90,7 +95,7 @@ def _macro(figures: Mapping[str, Any]) -> str:
     rows = []
     for target in TARGETS:
         for mode in MODES:
-            for name, guard in figures["guards"].items():
+            for name, guard in _guards(figures, target).items():
                 macro = guard["macro"][target].get(mode)
                 if not macro:
                     continue
@@ -128,6 +133,8 @@ def _differences(figures: Mapping[str, Any]) -> str:
             if guard and name.startswith(f"{guard} - "):
                 interval = f"{between['low']:+.3f} to {between['high']:+.3f}"
                 target, mode = place.split("/")
+                if name.removeprefix(f"{guard} - ") not in _guards(figures, target):
+                    continue
                 rows.append([target, mode, name.removeprefix(f"{guard} - "), f"{between['mean']:+.3f}", interval])
     return _table(
         f"Macro AUROC, {guard} minus each baseline",
@@ -138,7 +145,7 @@ def _differences(figures: Mapping[str, Any]) -> str:
 
 
 def _sets(figures: Mapping[str, Any], target: str) -> str:
-    guards = figures["guards"]
+    guards = _guards(figures, target)
     first = next(iter(guards.values()))["eval"]["set"]
     rows = []
     for place, cell in first.items():
@@ -152,7 +159,7 @@ def _sets(figures: Mapping[str, Any], target: str) -> str:
 
 
 def _languages(figures: Mapping[str, Any]) -> str:
-    guards = figures["guards"]
+    guards = _guards(figures)
     first = next(iter(guards.values()))
     rows = []
     for part in ("dev", "eval"):
@@ -173,7 +180,7 @@ def _languages(figures: Mapping[str, Any]) -> str:
 
 
 def _one_class(figures: Mapping[str, Any]) -> str:
-    guards = figures["guards"]
+    guards = _guards(figures)
     first = next(iter(guards.values()))["eval"]["set"]
     rows = []
     for place, cell in first.items():
@@ -196,7 +203,7 @@ def _one_class(figures: Mapping[str, Any]) -> str:
 
 
 def _look_alikes(figures: Mapping[str, Any]) -> str:
-    guards = figures["guards"]
+    guards = _guards(figures)
     first = next(iter(guards.values()))["look_alikes"]
     rows = []
     for name, cell in first.items():
@@ -215,12 +222,12 @@ def _look_alikes(figures: Mapping[str, Any]) -> str:
 
 def _points(figures: Mapping[str, Any], target: str) -> str:
     rows = []
-    for name, guard in figures["guards"].items():
+    for name, guard in _guards(figures, target).items():
         for place, cell in guard["eval"]["set"].items():
             if not place.startswith(f"{target}/") or cell["safe"] in (0, cell["rows"]):
                 continue
             rule = "own" if name == figures["guard"] else "best_f1"
-            if name not in (figures["guard"], "TF-IDF + LR", "TF-IDF + LR + synthetic"):
+            if name != figures["guard"] and not name.startswith("TF-IDF"):
                 continue
             numbers = [cell[mode][rule] for mode in MODES]
             shown = [
@@ -240,7 +247,7 @@ def _points(figures: Mapping[str, Any], target: str) -> str:
 
 
 def _sources(figures: Mapping[str, Any]) -> str:
-    guards = {name: guard for name, guard in figures["guards"].items() if name != "better-profanity"}
+    guards = {name: guard for name, guard in _guards(figures).items() if name != "better-profanity"}
     first = next(iter(guards.values()))
     rows = []
     for place, cell in first["dev"]["source"].items():
@@ -260,8 +267,8 @@ def _sources(figures: Mapping[str, Any]) -> str:
 def _thresholds(figures: Mapping[str, Any]) -> str:
     rows = [
         [name, target, mode, *(_n(guard["thresholds"][target][mode][rule], 4) for rule in ("best_f1", "fpr5"))]
-        for name, guard in figures["guards"].items()
         for target in TARGETS
+        for name, guard in _guards(figures, target).items()
         for mode in MODES
     ]
     head = ("guard", "target", "mode", RULES["best_f1"], RULES["fpr5"])
@@ -270,14 +277,16 @@ def _thresholds(figures: Mapping[str, Any]) -> str:
 
 def _variants(figures: Mapping[str, Any]) -> str:
     rows = [
-        [name, target, reads, _n(value, 4), "yes" if reads == chosen["reads"] else ""]
+        [name, "yes" if "only" not in guard["about"] else "", guard["about"]["reads"], target, _n(value, 4)]
         for name, guard in figures["guards"].items()
-        for target, chosen in guard["about"].items()
-        if target in TARGETS
-        for reads, value in chosen["dev_auroc"].items()
+        if "reads" in guard["about"]
+        for target, value in ((key.split("/")[1], value) for key, value in guard["about"]["dev_auroc"].items())
     ]
-    about = "What the regressions read: the answer alone, or the prompt before it. Strict AUROC on dev decides."
-    return _table("Variants of the regressions", about, ("guard", "target", "reads", "dev AUROC", "taken"), rows)
+    about = (
+        "What the regressions read of an answer's row: the answer alone, or the prompt before it. Strict AUROC on dev "
+        "decides which is taken; the other is shown in the tables of responses."
+    )
+    return _table("Variants of the regressions", about, ("guard", "taken", "reads", "target", "dev AUROC"), rows)
 
 
 # --- plots --------------------------------------------------------------------------------------------------------
@@ -299,7 +308,7 @@ def write_plots(figures: Mapping[str, Any], out: Path) -> list[Path]:
 def _plot_auroc(figures: Mapping[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    guards = figures["guards"]
+    guards = _guards(figures)
     first = next(iter(guards.values()))["eval"]["set"]
     places = {
         target: [p for p, c in first.items() if p.startswith(f"{target}/") and 0 < c["safe"] < c["rows"]]
@@ -334,7 +343,7 @@ def _plot_reliability(figures: Mapping[str, Any]) -> Any:
     figure = Figure(figsize=(9, 4.6), dpi=120, layout="constrained")
     for axes, target in zip(figure.subplots(1, 2, sharey=True), TARGETS, strict=True):
         axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=":")
-        for i, (name, found) in enumerate(figures["reliability"].items()):
+        for i, (name, found) in enumerate((n, f) for n, f in figures["reliability"].items() if n in _guards(figures)):
             for part, style in (("dev", "--"), ("eval", "-")):
                 bins = [b for b in found[f"{part}/{target}"] if b["rows"] >= 20]
                 stated, observed = [b["stated"] for b in bins], [b["observed"] for b in bins]
@@ -353,7 +362,7 @@ def _plot_points(figures: Mapping[str, Any]) -> Any:
     """F1 against the false-positive rate at each threshold, and false positives on rows that are all safe."""
     from matplotlib.figure import Figure
 
-    guards = figures["guards"]
+    guards = _guards(figures)
     figure = Figure(figsize=(12, 4.6), dpi=120, layout="constrained")
     *panels, bars = figure.subplots(1, 3)
     for axes, target in zip(panels, TARGETS, strict=True):

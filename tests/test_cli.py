@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -256,6 +257,43 @@ def test_watch_of_a_consumer_that_went_away_ends_quietly() -> None:
         assert process.wait(timeout=60) == 141
         assert process.stderr is not None
         assert b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize("verb", ["watch", "check -"])
+def test_a_closed_stdin_is_one_clear_line_and_exit_code_2(verb: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TIDEGATE_")}
+    command = f"exec {shlex.join(PROGRAM)} {verb} <&-"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, env=environment, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr.decode().splitlines()) == (2, ["tidegate: stdin: it is closed"])
+
+
+def test_a_stdin_that_cannot_be_read_is_one_clear_line_and_exit_code_2(tmp_path: Path) -> None:
+    write_only = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    try:
+        with started("watch", stdin=write_only) as process:
+            _, err = process.communicate(timeout=60)
+    finally:
+        os.close(write_only)
+    assert process.returncode == 2
+    assert err.decode().startswith("tidegate: stdin: cannot be read: ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_output_that_is_full_is_not_taken_for_a_flagged_text() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TIDEGATE_")}
+    with Path("/dev/full").open("wb") as full:
+        command = [*PROGRAM, "watch"]
+        ended = subprocess.run(
+            command,
+            input=b"all is well ",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment,
+            timeout=60,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr.decode().splitlines()) == (2, ["tidegate: No space left on device"])
 
 
 # --- servers ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO
 
 import typer
 from rich.console import Console
@@ -67,6 +67,10 @@ class _Verbs(TyperGroup):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush has somewhere to go
             raise typer.Exit(PIPE_CLOSED) from None
+        except OSError as error:  # as a full disk: an exit code of 1 would say that a text was flagged
+            _say(f"tidegate: {error.strerror or type(error).__name__}", style="red")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(WRONG) from None
 
 
 app = typer.Typer(
@@ -127,7 +131,7 @@ def check(
 
 def _given(text: str, where: str) -> str:
     if text == "-" and where == "text":
-        data = sys.stdin.buffer.read()
+        data = _open_stdin().buffer.read()
         try:
             text = data.decode()
         except UnicodeDecodeError as error:
@@ -139,6 +143,12 @@ def _given(text: str, where: str) -> str:
     except UnicodeEncodeError:
         raise InputError("expected UTF-8", where=where) from None
     return text
+
+
+def _open_stdin() -> TextIO:
+    if sys.stdin is None:  # as after <&-
+        raise InputError("it is closed", where="stdin")
+    return sys.stdin
 
 
 async def _check_one(conversation: Conversation, settings: Settings) -> Decision:
@@ -259,17 +269,20 @@ async def _watch(settings: Settings, context: Conversation | None) -> Decision:
 async def _stdin() -> AsyncGenerator[str, None]:
     """Standard input as it comes, decoded; read in a thread, because a terminal or a pipe may be silent for long."""
     loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[bytes] = asyncio.Queue()
+    source = _open_stdin().fileno()
+    arrived: asyncio.Queue[bytes | OSError] = asyncio.Queue()
     room = threading.Semaphore(16)
 
     def read() -> None:
+        data: bytes | OSError = b"-"
         with contextlib.suppress(RuntimeError):  # the loop is gone: nobody listens any more
-            while True:
+            while data and not isinstance(data, OSError):
                 room.acquire()
-                data = os.read(sys.stdin.fileno(), 4096)
+                try:
+                    data = os.read(source, 4096)
+                except OSError as error:
+                    data = error
                 loop.call_soon_threadsafe(arrived.put_nowait, data)
-                if not data:
-                    return
 
     threading.Thread(target=read, name="tidegate-stdin", daemon=True).start()
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
@@ -277,6 +290,8 @@ async def _stdin() -> AsyncGenerator[str, None]:
     while True:
         data = await arrived.get()
         room.release()
+        if isinstance(data, OSError):
+            raise InputError(f"cannot be read: {data.strerror}", where="stdin")
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:

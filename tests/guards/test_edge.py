@@ -324,6 +324,13 @@ async def test_no_window_of_an_answer_is_longer_than_the_model_takes(guard: Edge
             assert len(ids) + window.stop - window.seen + 1 <= guard.config.window
 
 
+async def test_a_very_long_text_is_tokenized_in_slices_with_the_same_tokens(guard: EdgeGuard) -> None:
+    text = ("The café 👩‍👩‍👧‍👦 of the cafe\u0301 \ud83d\ude00 aaaaaaaa. " * 300)[: 2 * edge._SLICE + 7]
+    stream = guard.tokenizer.incremental()
+    tokens = await edge._feed(stream, text)
+    assert [*tokens, *stream.finish()] == guard.tokenizer.encode(text)
+
+
 async def test_of_a_long_prompt_the_worst_window_wins_with_its_span(guard: EdgeGuard) -> None:
     text = long_text(5 * guard.config.window, guard)
     tokens = guard.tokenizer.encode(text)

@@ -21,7 +21,7 @@ from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, Sessi
 from tidegate.guards.edge_config import EdgeConfig, Row, read_config
 from tidegate.guards.edge_engine import Engine, Logits
 from tidegate.guards.edge_engine import Sequence as CachedSequence
-from tidegate.model.tokens import CONTROL_TOKENS, TextTokenizer, Token
+from tidegate.model.tokens import CONTROL_TOKENS, IncrementalTokens, TextTokenizer, Token
 from tidegate.types import Conversation, Role, Severity, Span, Target, TokenVerdict, Turn, Verdict, worst
 
 __all__ = ["EDGE_FILES", "SHIPPED", "EdgeGuard", "EdgeSession"]
@@ -35,6 +35,8 @@ _IN_FLIGHT: Final = 16
 """How many windows of one text are computed at once: more would make other texts wait."""
 _LONG_TEXT: Final = 2_048
 """From this many characters on, text is tokenized beside the event loop and not in it."""
+_SLICE: Final = 4_096
+"""Characters of a long text that are tokenized at once: while that runs, no other thread does."""
 
 
 T = TypeVar("T")
@@ -89,9 +91,9 @@ class _Template:
         return [*header, self._control["<|assistant|>"], *more]
 
     async def tokens(self, text: str) -> list[Token]:
-        if len(text) < _LONG_TEXT:
-            return self._tokenizer.encode(text)
-        return await asyncio.to_thread(self._tokenizer.encode, text)
+        stream = self._tokenizer.incremental()
+        tokens = await _feed(stream, text)
+        return [*tokens, *stream.finish()]
 
     def prompt_windows(self, count: int) -> list[_Window]:
         """Windows of a prompt of ``count`` tokens."""
@@ -329,8 +331,7 @@ class EdgeSession:
             raise GuardError("a session takes one piece of text at a time")
         self._busy = True
         try:
-            step = self._text.finish if last else lambda: self._text.feed(text)
-            tokens = step() if len(text) < _LONG_TEXT else await asyncio.to_thread(step)
+            tokens = self._text.finish() if last else await _feed(self._text, text)
             verdicts = await self._judge(tokens, last=last)
             if self._closed:
                 raise SessionClosed("the session was closed while it judged")
@@ -394,6 +395,17 @@ class EdgeSession:
             self._covered = token.end
             verdicts.append(self._guard._token_verdict(Row(logits.risk[row], logits.category[row]), span))
         return verdicts
+
+
+async def _feed(stream: IncrementalTokens, text: str) -> list[Token]:
+    """The tokens that become final with this text. A long one is taken in slices, which changes no token, but lets
+    others have their turn, and ends soon when nobody waits any more."""
+    if len(text) < _LONG_TEXT:
+        return stream.feed(text)
+    tokens: list[Token] = []
+    for start in range(0, len(text), _SLICE):
+        tokens += await asyncio.to_thread(stream.feed, text[start : start + _SLICE])
+    return tokens
 
 
 def _groups(values: Sequence[T]) -> Iterator[Sequence[T]]:

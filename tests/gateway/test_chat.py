@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from typing import Any
@@ -10,9 +11,13 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from starlette.requests import Request
 
 from serving import Gateway, Record, make_policy, serving, until, wait_until
 from tidegate.gateway.app import create_app
+from tidegate.gateway.chat import Chat
+from tidegate.gateway.telemetry import Telemetry
+from tidegate.gateway.upstream import Upstream
 from tidegate.testing import (
     Die,
     FakeStreamGuard,
@@ -594,6 +599,49 @@ async def test_a_client_that_does_not_wait_for_the_answer(
         await until(lambda: upstream.received[0].cancelled, "the upstream to be cancelled")
 
     assert record.actions == ["allow"]
+
+
+async def test_a_blocked_prompt_is_kept_when_the_client_hangs_up_at_that_moment() -> None:
+    """Also while the upstream's request is still being cancelled."""
+    record, cancelling, gone = Record(), asyncio.Event(), asyncio.Event()
+
+    class Stubborn(Upstream):
+        async def send(self, *_: Any, **__: Any) -> Any:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelling.set()
+                await gone.wait()
+
+    chat = Chat(
+        guard=FakeStreamGuard(),
+        policy=make_policy(),
+        keep=record,
+        upstream=Stubborn("http://127.0.0.1:9"),
+        telemetry=Telemetry(),
+        longest_body=1000,
+        guard_timeout_s=None,
+        client_timeout_s=None,
+        trusted=frozenset(),
+    )
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "a bomb"}]}).encode()
+
+    async def receive() -> dict[str, Any]:
+        await cancelling.wait()
+        asyncio.get_running_loop().call_later(0.01, gone.set)
+        return {"type": "http.disconnect"}
+
+    async def receive_body() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        raise AssertionError("nobody listens")
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+    exchange = await chat.complete(Request(scope, receive_body))
+    await exchange(scope, receive, send)
+
+    assert record.actions == ["block"]
 
 
 async def test_a_client_that_stops_reading_is_given_up(upstream: FakeUpstream, upstream_url: str) -> None:

@@ -15,7 +15,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -41,6 +41,8 @@ from tidegate.policy import Policy
 from tidegate.types import Conversation, Decision, Scope
 
 __all__ = ["Chat"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger("tidegate.gateway")
 _EVENT_STREAM: Final = "text/event-stream"
@@ -195,13 +197,11 @@ class _Exchange:
         )
         number = worst_decision(decisions)
         decision = decisions[number]
-        keeping = door.keep(decision, chat.conversation, "prompt")
+        self._prompt_kept = asyncio.ensure_future(door.keep(decision, chat.conversation, "prompt"))
         if decision.action < BLOCKS:
-            self._prompt_kept = asyncio.ensure_future(keeping)
             return None
         await _drop(call)
-        identity = await keeping
-        return self._refusal(decision, chat.new[number].path, identity)
+        return self._refusal(decision, chat.new[number].path, await surely(_result(self._prompt_kept)))
 
     def _refusal(self, decision: Decision, path: str, identity: str | None) -> ASGIApp:
         field = decision_field(decision, self._door.policy, path=path, identity=identity)
@@ -319,8 +319,8 @@ async def _closed(stream: AnswerStream) -> None:
         await stream.close()
 
 
-async def _result(task: asyncio.Task[Any]) -> None:
-    await task
+async def _result(task: asyncio.Task[T]) -> T:
+    return await task
 
 
 async def _drop(call: asyncio.Future[UpstreamAnswer]) -> None:

@@ -17,6 +17,22 @@ from tidegate.gateway.app import HealthTexts, create_app
 from tidegate.testing import FakeStreamGuard, FakeUpstream, Reply
 
 OK: list[Any] = [{"role": "user", "content": "hi"}]
+
+
+def test_a_bug_is_counted_as_an_error_of_ours() -> None:
+    """And not as a client that went away."""
+
+    async def buggy(request: Any) -> PlainTextResponse:
+        raise RuntimeError
+
+    with serving(create_app(guard=FakeStreamGuard(), policy=make_policy(), routes=[Route("/buggy", buggy)])) as url:
+        assert httpx.get(f"{url}/buggy").status_code == 500
+        metrics = httpx.get(f"{url}/metrics").text
+
+    assert 'tidegate_requests_total{route="/buggy",status="500"} 1.0' in metrics
+    assert '"gone"' not in metrics
+
+
 HEALTH = HealthTexts("apple pie", "a bomb")
 
 

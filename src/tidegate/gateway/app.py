@@ -259,6 +259,9 @@ class _Counted:
 
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            status = "500" if status == "gone" else status
+            raise
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other") if scope.get("endpoint") else "other"

@@ -99,6 +99,16 @@ async def test_a_blocked_prompt_gets_no_answer_and_the_upstream_is_let_go() -> N
     assert closed.is_set()
 
 
+async def test_a_prompt_to_redact_gets_no_answer_either() -> None:
+    redacting = parse_policy(
+        "{name: r, on_guard_error: block, otherwise: allow, rules: [{name: all, severity: unsafe, action: redact}]}"
+    )
+    events = await events_of(Ask("a bomb please", None, "r"), says("All is well here."), policy=redacting)
+    assert not only(events, "token")
+    (decision,) = only(events, "decision")
+    assert (decision["about"], decision["decision"]["action"]) == ("prompt", "redact")
+
+
 async def test_a_text_of_the_readers_own_is_judged_even_after_an_unsafe_prompt() -> None:
     events = await events_of(Ask("a bomb please", "I will not help with that.", "balanced"))
     assert only(events, "prompt")[0]["decision"]["action"] == "block"

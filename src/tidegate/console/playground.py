@@ -165,7 +165,7 @@ async def play(
         if ask.prompt.strip():
             about = await moderate(Conversation.of(ask.prompt), guard=guard, policy=policy, scope=_SCOPE, keep=keep)
             yield "prompt", _words_of(about, policy)
-            stopped = ask.response is None and about.action is Action.BLOCK
+            stopped = ask.response is None and about.action >= Action.REDACT
             if stopped:
                 yield "decision", {**_words_of(about, policy), "about": "prompt"}
         else:

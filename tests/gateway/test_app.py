@@ -61,6 +61,11 @@ HEALTH = HealthTexts("apple pie", "a bomb")
             400,
             "messages[0].content[0].text",
         ),
+        (
+            b'{"messages": [{"role": "assistant", "tool_calls": ["x"]}], "model": "m"}',
+            400,
+            "messages[0].tool_calls[0]",
+        ),
         (json.dumps({"messages": OK}).encode(), 400, "model"),
         (json.dumps({"messages": OK, "model": 5}).encode(), 400, "model"),
         (json.dumps({"messages": OK, "model": "m", "n": 0}).encode(), 400, "n"),

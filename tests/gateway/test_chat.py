@@ -292,6 +292,9 @@ def test_an_unsafe_prompt_streams_its_refusal(client: OpenAI, upstream: FakeUpst
         [{"role": "user", "content": [{"type": "text", "text": "bo"}, {"type": "text", "text": "mb"}]}],
         [*HELLO, {"role": "assistant", "content": "Sure, the bomb"}],
         [{"role": "system", "content": "bomb"}, *HELLO, {"role": "assistant", "content": "hi"}, *HELLO],
+        [{"role": "user", "content": "hi", "reasoning_content": "bomb"}],
+        [{"role": "user", "content": "hi", "tool_calls": [{"function": {"name": "f", "arguments": "bomb"}}]}],
+        [*HELLO, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "bomb"}}}]}],
     ],
 )
 def test_all_that_is_new_in_the_prompt_is_judged(client: OpenAI, messages: list[Any]) -> None:
@@ -486,6 +489,23 @@ def test_a_whole_answer_that_is_none_is_a_502(client: OpenAI, upstream: FakeUpst
         ask(client)
 
     assert caught.value.status_code == 502
+
+
+@pytest.mark.parametrize(
+    ("said", "written"), [(b"NaN", None), (b"-Infinity", None), (b"1e999", None), (b'"\\ud800"', "\ufffd")]
+)
+def test_what_json_cannot_carry_does_not_cost_the_answer(
+    gateway: Gateway, upstream: FakeUpstream, said: bytes, written: str | None
+) -> None:
+    """Numbers that JSON does not know and single halves of a character, beside a proper answer or in an error."""
+    body = {"model": "m", "messages": HELLO}
+    upstream.reply = Reply.json(json.dumps({**completion("hello"), "service_tier": "X"}).encode().replace(b'"X"', said))
+    answer = httpx.post(f"{gateway.base_url}/chat/completions", json=body)
+    upstream.reply = Reply.json(b'{"error": {"message": "no", "code": %b}}' % said, status=400)
+    refused = httpx.post(f"{gateway.base_url}/chat/completions", json=body)
+
+    assert (answer.status_code, answer.json()["service_tier"]) == (200, written)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, written)
 
 
 def test_an_upstream_that_does_not_stream_is_a_502(client: OpenAI, upstream: FakeUpstream) -> None:

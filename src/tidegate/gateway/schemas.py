@@ -288,11 +288,16 @@ def _tool_calls(message: Mapping[str, Any], path: str) -> Iterator[ToolCall]:
     calls = message.get("tool_calls")
     if calls is not None and not isinstance(calls, list):
         _refuse(f"expected an array, got {_kind(calls)}", "invalid_type", param=f"{path}.tool_calls")
-    named = [call.get("function") or call.get("custom") for call in calls or () if isinstance(call, dict)]
+    for index, call in enumerate(calls or ()):
+        if not isinstance(call, dict):
+            _refuse(f"expected an object, got {_kind(call)}", "invalid_type", param=f"{path}.tool_calls[{index}]")
+    named = [call.get("function") or call.get("custom") for call in calls or ()]
     for call in (*named, message.get("function_call")):
         if isinstance(call, dict):
-            arguments = call.get("arguments", call.get("input"))
-            yield ToolCall(str(call.get("name", "")), arguments if isinstance(arguments, str) else "")
+            arguments = call.get("arguments", call.get("input", ""))
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            yield ToolCall(str(call.get("name", "")), arguments)
 
 
 def _new_turns(messages: Sequence[_Message]) -> set[int]:
@@ -316,7 +321,19 @@ def _new_texts(messages: Sequence[_Message], new: set[int]) -> Iterator[PromptTe
             yield PromptText(Conversation((*before, message.turn)), path)
             if message.glued is not None:
                 yield PromptText(Conversation((*before, replace(message.turn, content=message.glued))), path)
+            if message.turn.role is not Role.ASSISTANT:
+                yield from _other_texts(message, before)
         before = (*before, message.turn)
+
+
+def _other_texts(message: _Message, before: tuple[Turn, ...]) -> Iterator[PromptText]:
+    """What stands beside the content. Guards look there in an assistant's turns only; a client can send it in any."""
+    turn = message.turn
+    texts = [(turn.reasoning, "reasoning_content")]
+    texts += [(call.arguments, f"tool_calls[{number}]") for number, call in enumerate(turn.tool_calls)]
+    for text, name in texts:
+        if text:
+            yield PromptText(Conversation((*before, Turn(turn.role, text))), f"{message.path}.{name}")
 
 
 def _coverage(messages: Sequence[_Message], new: set[int]) -> Iterator[Coverage]:

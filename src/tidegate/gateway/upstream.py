@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -15,6 +16,7 @@ import aiohttp
 
 from tidegate import __version__
 from tidegate.errors import InputError, UpstreamError
+from tidegate.gateway.schemas import mended
 from tidegate.gateway.statuses import Problem
 
 __all__ = ["Upstream", "UpstreamAnswer", "base_of"]
@@ -68,14 +70,14 @@ class UpstreamAnswer:
         """
         data = await self._read(self._longest)
         try:
-            return json.loads(data.decode())
+            return _parsed(data)
         except (ValueError, RecursionError):
             raise UpstreamError("the upstream's answer is not JSON") from None
 
     async def problem(self) -> Problem:
         """What the upstream said was wrong, for the client: its error in OpenAI's shape, and when to come again."""
         try:
-            said = json.loads((await self._read(LONGEST_ERROR)).decode())
+            said = _parsed(await self._read(LONGEST_ERROR))
         except (UpstreamError, ValueError, RecursionError):
             said = None
         error = said.get("error") if isinstance(said, dict) else None
@@ -104,6 +106,20 @@ class UpstreamAnswer:
                 raise UpstreamError(f"the upstream's answer is longer than {longest:,} bytes")
             parts.append(piece)
         return b"".join(parts)
+
+
+_decode = json.JSONDecoder(
+    parse_constant=lambda _: None, parse_float=lambda digits: number if math.isfinite(number := float(digits)) else None
+).decode
+
+
+def _parsed(data: bytes) -> Any:
+    """JSON that can be written again: numbers that JSON does not know are null, single surrogates are replaced."""
+    text = data.decode()
+    value = _decode(text)
+    if "\\ud" in text or "\\uD" in text:
+        return json.loads(mended(json.dumps(value, ensure_ascii=False)))
+    return value
 
 
 def _word(value: Any) -> str | None:

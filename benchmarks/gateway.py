@@ -89,7 +89,7 @@ SENTENCES = (
     "Let the paint dry for a day before you hang the picture.",
     "The recipe asks for two eggs and a spoon of honey.",
 )
-TURN = DEMO_ANSWERS[4].content.partition("\n\n")[2]
+TURN = next(answer for answer in DEMO_ANSWERS if "hateful" in answer.about).content.partition("\n\n")[2]
 _WORD = re.compile(r"\s*\S+")
 _NUMBER = re.compile(r"number (\d+)")
 

@@ -8,7 +8,7 @@ figures (JSON), the tables of the model card (Markdown) and plots (PNG) beside i
 
 What is compared:
 
-- TF-IDF with logistic regression (see baselines.py), trained on the pack, and a second time on the pack and the
+- TF-IDF with logistic regression (see tidegate.data.ngrams), trained on the pack, and a second time on the pack and the
   synthetic examples that the edge guard is trained on, so that it lacks nothing that the guard had. For answers it is
   trained with and without the prompt before the answer; the better of the two on dev is taken, the other shown beside;
 - alt-profanity-check and better-profanity;
@@ -41,9 +41,10 @@ import numpy as np
 import numpy.typing as npt
 
 import baselines
-from baselines import ClassifierSettings, Counts, TfIdfClassifier, count_ngrams, judged_text, stacked
 from quality_report import write_markdown, write_plots
+from tidegate.data import ngrams
 from tidegate.data.examples import read_examples
+from tidegate.data.ngrams import ClassifierSettings, Counts, TfIdfClassifier, count_ngrams, judged_text, stacked
 from tidegate.data.synthesize import synthesize
 from tidegate.errors import InputError, TidegateError
 from tidegate.evals.metrics import auroc, best_threshold, expected_calibration_error, score
@@ -218,7 +219,7 @@ def score_filters(rows: Rows, cache: Cache) -> list[Scored]:
 
 def score_classifiers(learn: Sequence[Example], extra: Sequence[Example], rows: Rows, cache: Cache) -> list[Scored]:
     """TF-IDF with logistic regression, trained on the pack, and on the pack and the synthetic examples."""
-    source = (judged_text, count_ngrams, baselines._count_chars, baselines._Weighting, TfIdfClassifier)
+    source = (judged_text, count_ngrams, ngrams._count_chars, ngrams._Weighting, TfIdfClassifier)
     kept: dict[str, Any] = {}
     for target, with_prompt in ((Target.PROMPT, False), (Target.RESPONSE, False), (Target.RESPONSE, True)):
         parts = [[e for e in part if e.target is target] for part in (learn, extra, rows.examples)]

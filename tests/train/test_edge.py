@@ -43,7 +43,12 @@ embeddings: {bag_size: 8, bag_texts: 512, bag_epochs: 8}
 template: {window: 64, overlap: 8, context: 12}
 data:
   lanes: {prompt-en: 0.5, response-en: 0.5}
-optimizer: {tokens: 8000, rows: 4, lr: 0.004, embedding_lr: 0.004, ema: 0.9}
+optimizer:
+  stages:
+    - {tokens: 5000, lr: 0.004, embedding_lr: 0.004}
+    - {tokens: 3000, lr: 0.002, embedding_lr: 0.002, teacher: 0.5}
+  rows: 4
+  ema: 0.9
 languages: [en]
 """
 HARM = (("poison the well of the village", Category.VIOLENT), ("steal the keys of the bank", Category.PII))

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tidegate.data.augment import disguise
 from tidegate.types import Example, Role, Severity, Target
 
-__all__ = ["Drawn", "Mix", "MixPlan", "language_group"]
+__all__ = ["Drawn", "Mix", "MixPlan", "lane_of", "language_group", "teacher_key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,10 @@ class Drawn:
         severity: its label.
         categories: official names; () means unknown when the severity is not SAFE.
         onset: index of the character of ``text`` where the harm begins; 0 when not known to be later.
-        known_onset: whether ``onset`` is known; when not, the harm is somewhere in the text.
+        known_onset: whether all before ``onset`` is known to be safe; when not, the harm is somewhere in the text.
+        sharp: whether the harm is known to begin right at ``onset``; when not, it begins there or later.
         weight: weight in the loss, in (0, 1].
+        teacher: what a teacher said of the text as a whole: P(Safe), P(Controversial), P(Unsafe); None when nobody did.
     """
 
     target: Target
@@ -83,6 +85,8 @@ class Drawn:
     onset: int
     known_onset: bool
     weight: float
+    teacher: tuple[float, float, float] | None = None
+    sharp: bool = False
 
 
 def language_group(language: str) -> str:
@@ -111,13 +115,21 @@ class Mix:
         examples: labelled training examples; unlabelled ones are left out.
         plan: how to draw.
         seed: the same seed gives the same draws.
+        teacher: what a teacher said of examples, by `teacher_key` (see data/distill.py); None for no teacher.
 
     Raises:
         ValueError: when a lane of the plan has no example.
     """
 
-    def __init__(self, examples: Iterable[Example], plan: MixPlan, seed: int) -> None:
+    def __init__(
+        self,
+        examples: Iterable[Example],
+        plan: MixPlan,
+        seed: int,
+        teacher: Mapping[str, tuple[float, float, float]] | None = None,
+    ) -> None:
         self.plan = plan
+        self._teacher = teacher or {}
         self._rng = np.random.default_rng(seed)
         cells: dict[tuple[str, Severity], dict[str, list[Example]]] = defaultdict(lambda: defaultdict(list))
         for example in examples:
@@ -148,9 +160,10 @@ class Mix:
         lane = self._lanes[int(rng.choice(len(self._lanes), p=self._lane_shares))]
         present, shares = self._severities[lane]
         severity = present[int(rng.choice(len(present), p=shares))]
-        drawn = self._as_drawn(self._row(lane, severity))
+        row = self._row(lane, severity)
+        drawn = self._as_drawn(row)
         if drawn.target is Target.RESPONSE and rng.random() < self.plan.compose:
-            drawn = self._composed(drawn, lane)
+            drawn = self._composed(drawn, f"response-{language_group(row.language)}")
         if rng.random() < self.plan.disguise:
             drawn = _disguised(drawn, rng)
         return drawn
@@ -180,27 +193,32 @@ class Mix:
             onset=int(onset) if isinstance(onset, int) else 0,
             known_onset=isinstance(onset, int),
             weight=self._trust(example),
+            teacher=self._teacher.get(teacher_key(example)) if target is example.target else None,
+            sharp=isinstance(onset, int),
         )
 
     def _composed(self, drawn: Drawn, lane: str) -> Drawn:
-        """The same text after the beginning of a safe one."""
+        """The same text after the beginning of a safe answer of this lane; as it is when the lane has none."""
         rng = self._rng
-        lane = lane if (lane, Severity.SAFE) in self._cells else self._lanes[0]
+        if (lane, Severity.SAFE) not in self._cells:
+            return drawn
         before = self._row(lane, Severity.SAFE).conversation.turns[-1].content
         before = _beginning(before, int(rng.integers(20, 300)))
         joint = ("\n\n", " ", "\n", " ")[int(rng.integers(4))]
         shift = len(before) + len(joint)
-        return Drawn(
-            target=drawn.target,
-            role=drawn.role,
+        return replace(
+            drawn,
             context=drawn.context if rng.random() < 0.5 else "",
             text=before + joint + drawn.text,
-            severity=drawn.severity,
-            categories=drawn.categories,
             onset=drawn.onset + shift,
             known_onset=True,
-            weight=drawn.weight,
+            teacher=None,
         )
+
+
+def teacher_key(example: Example) -> str:
+    """By what a teacher's word on an example is found again."""
+    return f"{example.target.value}:{example.id}"
 
 
 def lane_of(example: Example) -> str:
@@ -233,17 +251,7 @@ def _disguised(drawn: Drawn, rng: np.random.Generator) -> Drawn:
     if head:
         head = disguise(head, rng) if rng.random() < 0.5 else head
     text = head + disguise(tail, rng)
-    return Drawn(
-        target=drawn.target,
-        role=drawn.role,
-        context=drawn.context,
-        text=text,
-        severity=drawn.severity,
-        categories=drawn.categories,
-        onset=len(head),
-        known_onset=drawn.known_onset,
-        weight=drawn.weight,
-    )
+    return replace(drawn, text=text, onset=len(head))
 
 
 def _normalised(weights: list[float]) -> np.ndarray:

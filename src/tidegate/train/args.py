@@ -66,10 +66,11 @@ class DataPart(_Strict):
     compose: float = Field(default=0.25, ge=0, le=1)
     disguise: float = Field(default=0.12, ge=0, le=1)
     drop_context: float = Field(default=0.15, ge=0, le=1)
+    teacher_epochs: int = Field(default=5, ge=1, description="of the cross-fitted teacher; see data/distill.py")
 
     def plan(self) -> MixPlan:
         """The same as the mix takes it."""
-        return MixPlan(**self.model_dump(exclude={"synthetic_per_family"}))
+        return MixPlan(**self.model_dump(exclude={"synthetic_per_family", "teacher_epochs"}))
 
 
 class LossPart(_Strict):
@@ -81,17 +82,35 @@ class LossPart(_Strict):
     smoothing: float = Field(default=0.02, ge=0, lt=0.5)
 
 
-class OptimizerPart(_Strict):
-    """AdamW with warm-up and a cosine to nothing."""
+class StagePart(_Strict):
+    """One pass with a learning rate that warms up and falls by a cosine to almost nothing."""
 
-    tokens: int = Field(gt=0, description="length of the run in trained tokens")
-    rows: int = Field(default=16, ge=1, description="packed rows of one window in a step")
-    lr: float = 1.5e-3
-    embedding_lr: float = 1e-3
-    weight_decay: float = 0.1
+    tokens: int = Field(gt=0, description="length of the schedule in trained tokens")
+    end: float = Field(default=1.0, gt=0, le=1, description="share of the schedule after which the next stage begins")
+    lr: float = Field(default=1.5e-3, gt=0)
+    embedding_lr: float = Field(default=1e-3, gt=0)
     warmup: float = Field(default=0.04, ge=0, lt=1)
+    teacher: float = Field(default=0.0, ge=0, le=1, description="share of the teacher in the target of a whole text")
+
+    @property
+    def length(self) -> int:
+        """Trained tokens of the stage."""
+        return int(self.tokens * self.end)
+
+
+class OptimizerPart(_Strict):
+    """AdamW, in one stage after the other."""
+
+    stages: tuple[StagePart, ...] = Field(min_length=1)
+    rows: int = Field(default=16, ge=1, description="packed rows of one window in a step")
+    weight_decay: float = 0.1
     clip: float = 1.0
     ema: float = Field(default=0.995, ge=0, lt=1, description="of the weights, by step; 0 for none")
+
+    @property
+    def tokens(self) -> int:
+        """Length of the run in trained tokens."""
+        return sum(stage.length for stage in self.stages)
 
 
 class EdgeRecipe(_Strict):

@@ -7,8 +7,8 @@ carry one label for the whole, but the guard must speak at every token:
 - in an answer that is not safe, nobody says where the harm begins, and its beginning is often harmless ("Sure, ...").
   So the weight of its label *grows* over the answer, as (position / length)^ramp. Beginnings that safe and unsafe
   answers share are then pulled towards Safe by the safe ones with full weight, and only evidence lifts the probability;
-- where the onset is known (composed streams), tokens before it are Safe with full weight, and the growth begins there
-  over a few tokens;
+- in a stream composed of a safe beginning and an answer, tokens before the seam are Safe with full weight, and the
+  growth begins there; where the onset itself is known, the full weight is reached within a few tokens;
 - the token that ends the answer is judged as a whole, with full weight.
 
 This is a multiple-instance target with a soft, monotone assignment of the bag's label to its instances; compared with a
@@ -42,14 +42,16 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One text with its targets: ``ids`` [T], ``risk_weight`` and ``query_weight`` [T], ``label`` [T] (risk ids), and
-    ``categories`` [9], which is all zero when they are not known."""
+    """One text with its targets: ``ids`` [T], ``risk_weight`` and ``query_weight`` [T], ``label`` [T] (risk ids),
+    ``categories`` [9], which is all zero when they are not known, and ``teacher`` [3] (by risk id), which is the
+    target of the text as a whole that a teacher gave, None when none did."""
 
     ids: list[int]
     label: Ints
     risk_weight: Floats
     query_weight: Floats
     categories: Floats
+    teacher: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class Batch:
     """Rows of packed texts.
 
     ``ids``, ``positions``, ``segments``, ``labels`` are int64 [rows, window] (segment -1 is padding), the weights
-    float32 of the same shape, ``categories`` float32 [rows, window, 9]; ``texts`` is how many texts are in it.
+    float32 of the same shape, ``categories`` float32 [rows, window, 9], ``teacher`` float32 [rows, window, 3], all zero
+    but at the ends of texts that have one; ``texts`` is how many texts are in it.
     """
 
     ids: Ints
@@ -67,6 +70,7 @@ class Batch:
     risk_weight: Floats
     query_weight: Floats
     categories: Floats
+    teacher: Floats
     texts: int
 
 
@@ -105,7 +109,15 @@ def encode(
         risk[-1] = 1.0
         if drawn.known_onset and (not tokens or tokens[-1].end <= drawn.onset):
             label[:] = RISK_ID[Severity.SAFE]
-    return Packed(ids, label, risk * drawn.weight, query * drawn.weight, _category_target(drawn))
+    teacher = None if drawn.teacher is None or cut else _by_risk_id(drawn.teacher)
+    return Packed(ids, label, risk * drawn.weight, query * drawn.weight, _category_target(drawn), teacher)
+
+
+def _by_risk_id(probabilities: tuple[float, float, float]) -> Floats:
+    result = np.zeros(3, np.float32)
+    for severity in Severity:
+        result[RISK_ID[severity]] = probabilities[severity]
+    return result
 
 
 def _header(context: str, tokenizer: TextTokenizer, limit: int) -> list[int]:
@@ -128,8 +140,8 @@ def _token_weights(drawn: Drawn, tokens: Sequence[Token], ramp: float) -> tuple[
     if drawn.known_onset:
         safe = ends <= drawn.onset
         after = np.cumsum(~safe)
-        weights = np.where(safe, 1.0, np.minimum(1.0, after / _ONSET_TOKENS)).astype(np.float32)
-        return weights, safe
+        growth = np.minimum(1.0, after / _ONSET_TOKENS) if drawn.sharp else (after / max(1, after[-1:].sum())) ** ramp
+        return np.where(safe, 1.0, growth).astype(np.float32), safe
     growth = np.arange(1, count + 1, dtype=np.float32) / max(1, count)
     return (growth**ramp).astype(np.float32), safe
 
@@ -172,6 +184,7 @@ def to_batch(rows: Sequence[Sequence[Packed]], window: int) -> Batch:
     segments = np.full(shape, -1, np.int64)
     risk, query = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     categories = np.zeros((*shape, len(PROMPT_CATEGORIES)), np.float32)
+    teacher = np.zeros((*shape, 3), np.float32)
     for r, row in enumerate(rows):
         at = 0
         for segment, text in enumerate(row):
@@ -180,7 +193,10 @@ def to_batch(rows: Sequence[Sequence[Packed]], window: int) -> Batch:
             labels[r, span], risk[r, span], query[r, span] = text.label, text.risk_weight, text.query_weight
             categories[r, span] = text.categories
             at += len(text.ids)
-    return Batch(ids, positions, segments, labels, risk, query, categories, sum(len(row) for row in rows))
+            if text.teacher is not None:
+                teacher[r, at - 1] = text.teacher
+    count = sum(len(row) for row in rows)
+    return Batch(ids, positions, segments, labels, risk, query, categories, teacher, count)
 
 
 def packed_batches(

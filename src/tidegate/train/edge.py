@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from torch.nn import functional
 
+from tidegate.data.distill import cross_fitted
 from tidegate.data.examples import read_examples
 from tidegate.data.mix import Drawn, Mix, lane_of
 from tidegate.data.synthesize import synthesize
@@ -126,7 +128,7 @@ def train_tokenizer(recipe: EdgeRecipe, examples: Sequence[Example], path: Path)
         tokenizer.train_from_iterator((Folder().fold(text)[0] for text in texts), trainer)
         definition = json.loads(tokenizer.to_str())
         definition["added_tokens"] = []
-        path.write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
+        _whole(path, json.dumps(definition, ensure_ascii=False).encode())
     return TextTokenizer.load(path)
 
 
@@ -144,7 +146,7 @@ def build_model(
     config._attn_implementation = "sdpa"
     model = Qwen3ForGuardModel(config)
     if not cache.exists():
-        np.save(cache, _first_embeddings(recipe, tokenizer, examples, cache.with_name("spectral.npy")))
+        _save_array(cache, _first_embeddings(recipe, tokenizer, examples, cache.with_name("spectral.npy")))
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.from_numpy(np.load(cache)))
     return model
@@ -158,7 +160,7 @@ def _first_embeddings(
         collected = (e for e in examples if e.split == "train" and lane_of(e) != "synthetic")
         ids = tokenizer.encode_ids([turn.content for e in collected for turn in e.conversation.turns])
         vectors = spectral_embeddings(ids, vocab_size=tokenizer.vocab_size, dim=size - bag_size, seed=recipe.seed)
-        np.save(spectral_cache, vectors)
+        _save_array(spectral_cache, vectors)
     spectral = np.load(spectral_cache)
     if not bag_size:
         return spectral
@@ -212,10 +214,15 @@ def as_drawn(example: Example) -> Drawn:
 
 @dataclass(slots=True)
 class _Clock:
+    """How far the run is; ``stage_tokens`` and ``stage_steps`` count within the stage."""
+
     tokens: int = 0
     texts: int = 0
     steps: int = 0
     seconds: float = 0.0
+    stage: int = 0
+    stage_tokens: int = 0
+    stage_steps: int = 0
 
 
 class _Trainer:
@@ -237,10 +244,8 @@ class _Trainer:
         self.optimizer = _optimizer(model, recipe)
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.clock = _Clock()
-        mix = Mix((e for e in examples if e.split == "train"), recipe.data.plan(), recipe.seed)
-        self.batches = packed_batches(
-            mix, tokenizer, recipe.template, recipe.loss, rows=recipe.optimizer.rows, seed=recipe.seed
-        )
+        self.tokenizer = tokenizer
+        self.examples = [example for example in examples if example.split == "train"]
         self.dev = dev_texts(examples, tokenizer, recipe, 1500)
         self.recent: list[tuple[float, float]] = []
 
@@ -254,8 +259,33 @@ class _Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.average = state["average"]
         self.clock = _Clock(**state["clock"])
-        for _ in range(self.clock.steps):
-            next(self.batches)
+        self._forget_lines_after(self.clock.tokens)
+
+    def _forget_lines_after(self, tokens: int) -> None:
+        """Figures that were logged after the state was saved will be measured again."""
+        log = self.run / "log.jsonl"
+        if log.exists():
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["tokens"] <= tokens]
+            _whole(log, "".join(kept).encode())
+
+    def batches(self, stage: int) -> Iterator[Batch]:
+        """The batches of a stage, each stage with draws of its own."""
+        recipe, seed = self.recipe, self.recipe.seed + 2 * stage
+        teacher = self._teacher() if recipe.optimizer.stages[stage].teacher else None
+        mix = Mix(self.examples, recipe.data.plan(), seed, teacher)
+        return packed_batches(mix, self.tokenizer, recipe.template, recipe.loss, rows=recipe.optimizer.rows, seed=seed)
+
+    def _teacher(self) -> dict[str, tuple[float, float, float]]:
+        """What a teacher says of the training examples; made once, then read from the run's folder."""
+        path = self.run / "teacher.npz"
+        if not path.exists():
+            found = cross_fitted(self.examples, epochs=self.recipe.data.teacher_epochs)
+            part = self.run / "teacher.part.npz"
+            np.savez(part, ids=np.asarray(list(found)), p=np.asarray(list(found.values()), np.float32))
+            part.replace(path)
+        kept = np.load(path)
+        return {name: tuple(p) for name, p in zip(kept["ids"].tolist(), kept["p"].tolist(), strict=True)}
 
     def save(self) -> None:
         """Write the state, so that a kill at any moment leaves a whole one."""
@@ -273,40 +303,51 @@ class _Trainer:
     def run_to_end(self, progress: Progress, save_seconds: float) -> dict[str, Any]:
         """Train until the recipe's number of tokens; returns the last dev figures."""
         total = self.recipe.optimizer.tokens
-        saved = time.monotonic()
-        next_dev = (self.clock.tokens // _dev_every(total) + 1) * _dev_every(total)
-        figures: dict[str, Any] = {}
-        for batch in self.batches:
-            if self.clock.tokens >= total:
-                break
-            self.step(batch)
-            progress(self.clock.tokens, total, self._line(figures))
-            if self.clock.tokens >= next_dev:
-                figures = self.measure()
-                next_dev += _dev_every(total)
-            if time.monotonic() - saved > save_seconds:
-                self.save()
-                saved = time.monotonic()
+        self._saved = time.monotonic()
+        self._next_dev = (self.clock.tokens // _dev_every(total) + 1) * _dev_every(total)
+        self._figures: dict[str, Any] = {}
+        while self.clock.stage < len(self.recipe.optimizer.stages):
+            self._run_stage(progress, save_seconds)
+            self.clock.stage += 1
+            self.clock.stage_tokens = self.clock.stage_steps = 0
         figures = self.measure()
         self.save()
         plot_curves(self.run)
         return figures
 
+    def _run_stage(self, progress: Progress, save_seconds: float) -> None:
+        total, length = self.recipe.optimizer.tokens, self.recipe.optimizer.stages[self.clock.stage].length
+        for batch in islice(self.batches(self.clock.stage), self.clock.stage_steps, None):
+            if self.clock.stage_tokens >= length:
+                return
+            self.step(batch)
+            progress(self.clock.tokens, total, self._line(self._figures))
+            if self.clock.tokens >= self._next_dev:
+                self._figures = self.measure()
+                self._next_dev += _dev_every(total)
+            if time.monotonic() - self._saved > save_seconds:
+                self.save()
+                self._saved = time.monotonic()
+
     def step(self, batch: Batch) -> None:
         """One step of the optimizer on one batch."""
         started = time.monotonic()
-        done = self.clock.tokens / self.recipe.optimizer.tokens
+        stage = self.recipe.optimizer.stages[self.clock.stage]
+        share = _schedule(self.clock.stage_tokens / stage.tokens, stage.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * _schedule(done, self.recipe.optimizer.warmup)
+            group["lr"] = share * (stage.embedding_lr if group["embeddings"] else stage.lr)
         self.model.train()
         loss, parts = self.loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        tokens = int((batch.segments >= 0).sum())
         self.clock.steps += 1
+        self.clock.stage_steps += 1
         self.clock.texts += batch.texts
-        self.clock.tokens += int((batch.segments >= 0).sum())
+        self.clock.tokens += tokens
+        self.clock.stage_tokens += tokens
         if self.clock.steps % 4 == 0:
             self._average()
         self.clock.seconds += time.monotonic() - started
@@ -321,13 +362,19 @@ class _Trainer:
         query_weight = torch.from_numpy(batch.query_weight).to(self.device)
         categories = torch.from_numpy(batch.categories).to(self.device)
         harmful = (labels != 0).float() * categories.sum(-1)
-        smoothing = self.recipe.loss.smoothing
-        risk = _weighted_risk(logits.risk, labels, risk_weight, smoothing)
-        risk = risk + _weighted_risk(logits.query_risk, labels, query_weight, smoothing)
-        named = _weighted_category(logits.category, categories[..., :-1], risk_weight * harmful)
-        named = named + _weighted_category(logits.query_category, categories, query_weight * harmful)
+        truth = self._truth(labels, torch.from_numpy(batch.teacher).to(self.device))
+        risk = _weighted(logits.risk, truth, risk_weight) + _weighted(logits.query_risk, truth, query_weight)
+        named = _weighted(logits.category, categories[..., :-1], risk_weight * harmful)
+        named = named + _weighted(logits.query_category, categories, query_weight * harmful)
         total = (risk + self.recipe.loss.category * named) / batch.texts
         return total, float(risk.detach()) / batch.texts
+
+    def _truth(self, labels: Tensor, teacher: Tensor) -> Tensor:
+        """The target ``[rows, window, 3]``: the label, smoothed, and the teacher's word where there is one."""
+        smoothing = self.recipe.loss.smoothing
+        hard = functional.one_hot(labels, 3).float() * (1 - smoothing) + smoothing / 3
+        share = self.recipe.optimizer.stages[self.clock.stage].teacher * (teacher.sum(-1, keepdim=True) > 0)
+        return hard * (1 - share) + teacher * share
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
@@ -384,6 +431,7 @@ class _Trainer:
         )
         config = json.loads(self.model.config.to_json_string(use_diff=False))
         template = self.recipe.template.model_dump()
+        config["rope_theta"] = self.recipe.model.rope_theta  # transformers 5 writes it elsewhere
         config["tidegate"] = {"format": 1, "name": self.recipe.name, "version": self.recipe.version, **template}
         config["tidegate"]["languages"] = list(self.recipe.languages)
         config["tidegate"]["parameters"] = parameter_counts(self.model)[0]
@@ -425,13 +473,8 @@ def _inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
     return torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.positions).to(device), mask[:, None]
 
 
-def _weighted_risk(logits: Tensor, labels: Tensor, weight: Tensor, smoothing: float) -> Tensor:
-    chosen = weight > 0
-    each = functional.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none", label_smoothing=smoothing)
-    return (each * weight[chosen]).sum()
-
-
-def _weighted_category(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def _weighted(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy with a target distribution, summed over positions by weight."""
     chosen = weight > 0
     each = -(target[chosen] * functional.log_softmax(logits[chosen].float(), dim=-1)).sum(-1)
     return (each * weight[chosen]).sum()
@@ -446,11 +489,11 @@ def _optimizer(model: Qwen3ForGuardModel, recipe: EdgeRecipe) -> torch.optim.Opt
         kind.append(parameter)
     settings = recipe.optimizer
     groups = [
-        {"params": matrices, "peak": settings.lr, "weight_decay": settings.weight_decay},
-        {"params": embeddings, "peak": settings.embedding_lr, "weight_decay": 0.0},
-        {"params": vectors, "peak": settings.lr, "weight_decay": 0.0},
+        {"params": matrices, "embeddings": False, "weight_decay": settings.weight_decay},
+        {"params": embeddings, "embeddings": True, "weight_decay": 0.0},
+        {"params": vectors, "embeddings": False, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=settings.stages[0].lr, betas=(0.9, 0.98), fused=True)
 
 
 def _schedule(done: float, warmup: float) -> float:
@@ -481,6 +524,19 @@ def _balanced_texts(examples: Sequence[Example], count: int, seed: int) -> Itera
                 yield turn.content[:2000]
             given += 1
         queues = [queue for queue in queues if queue]
+
+
+def _whole(path: Path, content: bytes) -> None:
+    """Write a file so that a kill at any moment leaves the old one or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    part = path.with_name(f"{path.stem}.part.npy")
+    np.save(part, array)
+    part.replace(path)
 
 
 def _prepare_folder(recipe_path: Path, run: Path, resume: bool) -> None:

@@ -465,6 +465,7 @@ def _application(settings: Settings, guard: StreamGuard, policy: Policy, store: 
         client_timeout_s=settings.client_timeout,
         connect_timeout_s=settings.upstream_connect_timeout,
         silence_timeout_s=settings.upstream_read_timeout,
+        judge_system=settings.judge_system,
         routes=console,
         on_close=[*((asking.close,) if asking else ()), store.aclose],
     )

@@ -52,6 +52,8 @@ class Settings(BaseModel):
     """Longest request body that is read, in bytes."""
     guard_timeout: Seconds = 30.0
     """Longest time that a guard may take for one judgement, in seconds."""
+    judge_system: bool = False
+    """Whether system and developer turns are judged too, as if a user had written them."""
     client_timeout: Seconds = 60.0
     """Longest time that a client may take nothing of a streaming answer, in seconds; then it is given up."""
     upstream_connect_timeout: Seconds = 10.0

@@ -284,22 +284,47 @@ def test_an_unsafe_prompt_streams_its_refusal(client: OpenAI, upstream: FakeUpst
 @pytest.mark.parametrize(
     "messages",
     [
-        [{"role": "system", "content": "you love a bomb"}, *HELLO],
-        [{"role": "developer", "content": "bomb"}, *HELLO],
         [{"role": "user", "content": "bomb"}, *HELLO],
         [*HELLO, {"role": "assistant", "content": "hi"}, {"role": "tool", "tool_call_id": "1", "content": "bomb"}],
         [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "bomb"}]}],
         [{"role": "user", "content": [{"type": "text", "text": "bo"}, {"type": "text", "text": "mb"}]}],
         [*HELLO, {"role": "assistant", "content": "Sure, the bomb"}],
-        [{"role": "system", "content": "bomb"}, *HELLO, {"role": "assistant", "content": "hi"}, *HELLO],
         [{"role": "user", "content": "hi", "reasoning_content": "bomb"}],
         [{"role": "user", "content": "hi", "tool_calls": [{"function": {"name": "f", "arguments": "bomb"}}]}],
         [*HELLO, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "bomb"}}}]}],
     ],
 )
 def test_all_that_is_new_in_the_prompt_is_judged(client: OpenAI, messages: list[Any]) -> None:
-    """System turns, every turn since the assistant last spoke, a given beginning of the answer, parts in any joints."""
+    """Every turn since the assistant last spoke, a given beginning of the answer, parts in any joints."""
     assert ask(client, messages=messages).choices[0].finish_reason == "content_filter"
+
+
+OPERATORS_WORDS: list[Any] = [
+    [{"role": "system", "content": "never speak of a bomb"}, *HELLO],
+    [*HELLO, {"role": "developer", "content": "bomb"}],
+    [{"role": "system", "content": "bomb"}, *HELLO, {"role": "assistant", "content": "hi"}, *HELLO],
+]
+
+
+@pytest.mark.parametrize("messages", OPERATORS_WORDS)
+def test_what_the_operator_says_is_not_judged_and_the_coverage_says_so(
+    client: OpenAI, gateway: Gateway, messages: list[Any]
+) -> None:
+    """A system prompt that names what the model must not do blocks nothing."""
+    assert ask(client, messages=messages).choices[0].message.content == "Hello there."
+
+    place = next(place for place, message in enumerate(messages) if message["role"] in ("system", "developer"))
+    length = len(messages[place]["content"])
+    assert [f"messages[{place}].content", "not_judged", length] in gateway.kept()[0]["coverage"]
+
+
+@pytest.mark.parametrize("messages", OPERATORS_WORDS)
+def test_system_turns_are_judged_where_that_is_asked_for(upstream_url: str, messages: list[Any]) -> None:
+    """For installations whose tenants write them: with every request, wherever they stand."""
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(), upstream_url=upstream_url, judge_system=True)
+
+    with serving(app) as url, OpenAI(base_url=f"{url}/v1", api_key="sk", max_retries=0) as client:
+        assert ask(client, messages=messages).choices[0].finish_reason == "content_filter"
 
 
 def test_history_is_not_judged_again_and_the_coverage_says_so(client: OpenAI, gateway: Gateway) -> None:

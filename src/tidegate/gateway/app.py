@@ -58,6 +58,7 @@ def create_app(
     health: HealthTexts = HealthTexts(),
     health_timeout_s: float = 2.0,
     trusted_fields: Collection[str] = (),
+    judge_system: bool = False,
     routes: Sequence[BaseRoute] = (),
     on_close: Sequence[Callable[[], Any]] = (),
 ) -> Starlette:
@@ -79,6 +80,8 @@ def create_app(
         health_timeout_s: seconds that it may take for both answers together.
         trusted_fields: names of fields of the upstream's answers that we do not know, but that carry no text of the
             model; they pass as they are.
+        judge_system: whether system and developer turns are judged too, as if a user had written them. They are the
+            operator's own words in most installations; say yes where tenants write them.
         routes: more routes beside the gateway's, as the console's.
         on_close: called (and awaited, where it gives something to await) at shutdown, after the guard is closed.
 
@@ -102,6 +105,7 @@ def create_app(
         guard_timeout_s=guard_timeout_s,
         client_timeout_s=client_timeout_s,
         trusted=frozenset(trusted_fields),
+        judge_system=judge_system,
     )
     moderations = Moderations(
         guard=timed,

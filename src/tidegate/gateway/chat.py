@@ -66,6 +66,7 @@ class Chat:
         guard_timeout_s: seconds that the guard may take for each step; None for as long as it wants.
         client_timeout_s: seconds that the client may take nothing of what is sent; None for as long as it wants.
         trusted: names of upstream fields that the operator says carry no text of the model.
+        judge_system: whether system and developer turns are judged too.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Chat:
         guard_timeout_s: float | None,
         client_timeout_s: float | None,
         trusted: frozenset[str],
+        judge_system: bool = False,
     ) -> None:
         self.guard = guard
         self.policy = policy
@@ -90,6 +92,7 @@ class Chat:
         self.trusted = trusted
         self._keep = keep
         self._longest_body = longest_body
+        self._judge_system = judge_system
 
     async def complete(self, request: Request) -> ASGIApp:
         """Read the request; what is returned carries the exchange out.
@@ -99,7 +102,8 @@ class Chat:
         """
         if self.upstream is None:
             raise Problem(503, "this gateway has no upstream: start it with one", "server_error", None, "no_upstream")
-        chat = read_chat(await read_json(request, longest=self._longest_body))
+        body = await read_json(request, longest=self._longest_body)
+        chat = read_chat(body, judge_system=self._judge_system)
         return _Exchange(self, self.upstream, chat, request.headers.get("authorization"), request.url.path)
 
     async def keep(self, decision: Decision, conversation: Conversation, target: str) -> str | None:

@@ -168,7 +168,7 @@ class ChatRequest:
     Attributes:
         body: the whole of it, as it is sent on.
         conversation: all turns.
-        new: the texts to judge: system turns, and all turns since the assistant last spoke.
+        new: the texts to judge: all turns since the assistant last spoke, and system turns where that is asked for.
         coverage: every text path of the request, given that the new ones are judged.
         model: the model that is asked for.
         stream: whether the answer is to stream.
@@ -188,8 +188,12 @@ class ChatRequest:
     tools: frozenset[str]
 
 
-def read_chat(body: dict[str, Any]) -> ChatRequest:
+def read_chat(body: dict[str, Any], *, judge_system: bool = False) -> ChatRequest:
     """Understand a chat completion request; options that are not ours to know are the upstream's business.
+
+    Args:
+        body: the request.
+        judge_system: whether system and developer turns are judged too, as if a user had written them.
 
     Raises:
         Problem: 400, with the place of what is wrong.
@@ -216,7 +220,7 @@ def read_chat(body: dict[str, Any]) -> ChatRequest:
     if options is not None and not isinstance(options, dict):
         _refuse(f"expected an object, got {_kind(options)}", "invalid_type", param="stream_options")
     read = [_Message.read(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    new = _new_turns(read)
+    new = _new_turns(read, judge_system=judge_system)
     return ChatRequest(
         body=body,
         conversation=Conversation(tuple(message.turn for message in read)),
@@ -300,9 +304,9 @@ def _tool_calls(message: Mapping[str, Any], path: str) -> Iterator[ToolCall]:
             yield ToolCall(str(call.get("name", "")), arguments)
 
 
-def _new_turns(messages: Sequence[_Message]) -> set[int]:
-    """System turns, and all turns since the assistant last spoke; the given beginning of an answer is new too."""
-    new = {index for index, message in enumerate(messages) if message.turn.role is Role.SYSTEM}
+def _new_turns(messages: Sequence[_Message], *, judge_system: bool) -> set[int]:
+    """All turns since the assistant last spoke, and the given beginning of an answer; system turns all or none."""
+    new: set[int] = set()
     index = len(messages) - 1
     while index >= 0 and messages[index].turn.role is Role.ASSISTANT:
         new.add(index)
@@ -310,7 +314,8 @@ def _new_turns(messages: Sequence[_Message]) -> set[int]:
     while index >= 0 and messages[index].turn.role is not Role.ASSISTANT:
         new.add(index)
         index -= 1
-    return new
+    system = {index for index, message in enumerate(messages) if message.turn.role is Role.SYSTEM}
+    return new | system if judge_system else new - system
 
 
 def _new_texts(messages: Sequence[_Message], new: set[int]) -> Iterator[PromptText]:

@@ -159,7 +159,7 @@ class TfIdfClassifier:
         self.settings = settings or ClassifierSettings()
         self._words = _Weighting(counts.words, self.settings.word_features, self.settings.min_rows)
         self._chars = _Weighting(counts.chars, self.settings.char_features, self.settings.min_rows)
-        # averaged SGD: a minute where L-BFGS takes ten
+        # averaged SGD: a fraction of the time of L-BFGS
         self._model = SGDClassifier(
             loss="log_loss",
             alpha=self.settings.penalty,

@@ -343,7 +343,7 @@ def test_history_is_not_judged_again_and_the_coverage_says_so(client: OpenAI, ga
         ["messages[0].content", "not_judged", 4],
         ["messages[1].content", "not_judged", 7],
         ["messages[2].content", "judged", 6],
-        ["messages[2].content[1]", "not_judged", 0],
+        ["messages[2].content[1]", "not_judged", 26],
         ["tools", "not_judged", 20],
     ]
 

@@ -14,7 +14,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
@@ -27,6 +28,7 @@ from tidegate.gateway import sse
 from tidegate.gateway.answers import BLOCKS, AnswerStream, Judging, judge_answer
 from tidegate.gateway.schemas import (
     ChatRequest,
+    PromptText,
     decision_field,
     read_chat,
     read_json,
@@ -38,7 +40,7 @@ from tidegate.gateway.upstream import Upstream, UpstreamAnswer
 from tidegate.guards.base import StreamGuard
 from tidegate.moderate import Keep, moderate, surely
 from tidegate.policy import Policy
-from tidegate.types import Conversation, Decision, Scope
+from tidegate.types import Conversation, Coverage, CoverageState, Decision, Scope
 
 __all__ = ["Chat"]
 
@@ -194,21 +196,25 @@ class _Exchange:
                     policy=door.policy,
                     scope=self._scope,
                     timeout_s=door.guard_timeout_s,
-                    coverage=chat.coverage,
+                    coverage=(),
                 )
                 for text in chat.new
             )
         )
         number = worst_decision(decisions)
-        decision = decisions[number]
+        unjudged = frozenset[str]().union(
+            *(text.paths for text, one in zip(chat.new, decisions, strict=True) if one.failure is not None)
+        )
+        door.telemetry.count_failures(one for place, one in enumerate(decisions) if place != number)
+        decision = replace(decisions[number], coverage=tuple(_without(chat.coverage, unjudged)))
         self._prompt_kept = asyncio.ensure_future(door.keep(decision, chat.conversation, "prompt"))
         if decision.action < BLOCKS:
             return None
         await _drop(call)
-        return self._refusal(decision, chat.new[number].path, await surely(_result(self._prompt_kept)))
+        return self._refusal(decision, chat.new[number], await surely(_result(self._prompt_kept)))
 
-    def _refusal(self, decision: Decision, path: str, identity: str | None) -> ASGIApp:
-        field = decision_field(decision, self._door.policy, path=path, identity=identity)
+    def _refusal(self, decision: Decision, text: PromptText, identity: str | None) -> ASGIApp:
+        field = decision_field(decision, self._door.policy, text=text, identity=identity)
         message = self._door.policy.message_for(decision.rule)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self._chat.model}
         if self._chat.stream:
@@ -303,6 +309,12 @@ async def _advance(stream: AnswerStream, answer: UpstreamAnswer) -> Any:
         yield await stream.end(error)
         return
     yield await stream.end()
+
+
+def _without(coverage: Iterable[Coverage], unjudged: frozenset[str]) -> Iterator[Coverage]:
+    """The coverage, given that the guard failed on these paths."""
+    for part in coverage:
+        yield replace(part, state=CoverageState.NOT_JUDGED) if part.path in unjudged else part
 
 
 def _patient(send: Send, timeout_s: float | None) -> Send:

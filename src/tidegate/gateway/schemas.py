@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Final, NoReturn
 
 from starlette.requests import Request
@@ -155,10 +156,31 @@ def characters_in(value: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PromptText:
-    """One new text of the prompt: the conversation that ends with it, and where it stands in the request."""
+    """One new text of the prompt: the conversation that ends with it, and where it stands in the request.
+
+    Attributes:
+        conversation: its last turn is the text; messages of one role that follow each other are one turn.
+        places: each message's part in it: the path, and how many characters.
+        paths: every path of the coverage that is judged with it.
+    """
 
     conversation: Conversation
-    path: str
+    places: tuple[tuple[str, int], ...]
+    paths: frozenset[str]
+
+    def where(self, span: Span | None) -> tuple[str, Span | None]:
+        """The path that a span of the text lies in, and the same span there.
+
+        One that lies in several messages stays as it is, and its path names the first and the last of them, as
+        ``messages[0]-messages[2].content``.
+        """
+        begun = 0
+        for path, length in self.places:
+            if span is not None and begun <= span.start and span.end <= begun + length + 1:
+                return path, Span(span.start - begun, min(span.end - begun, length))
+            begun += length + 1
+        first, last = self.places[0][0], self.places[-1][0]
+        return (first if first == last else f"{first.removesuffix('.content')}-{last}"), span
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +286,12 @@ class _Message:
     def has_text(self) -> bool:
         return bool(self.turn.content or self.turn.reasoning or self.turn.tool_calls)
 
+    @property
+    def others(self) -> list[tuple[str, str]]:
+        """The texts beside the content, by the ends of their paths."""
+        calls = [(f"tool_calls[{number}]", call.arguments) for number, call in enumerate(self.turn.tool_calls)]
+        return [("reasoning_content", self.turn.reasoning), *calls]
+
 
 def _content(value: Any, path: str, role: Role, channel: Channel) -> tuple[list[str], list[Coverage]]:
     """The texts of a message's content, and the parts of it that are not text."""
@@ -284,8 +312,13 @@ def _content(value: Any, path: str, role: Role, channel: Channel) -> tuple[list[
         elif part["type"] == "text":
             _refuse("expected a string", "invalid_type", param=f"{path}[{index}].text")
         else:
-            unjudged.append(Coverage(f"{path}[{index}]", channel, CoverageState.NOT_JUDGED, 0))
+            unjudged.append(Coverage(f"{path}[{index}]", channel, CoverageState.NOT_JUDGED, _payload(part)))
     return texts, unjudged
+
+
+def _payload(part: Mapping[str, Any]) -> int:
+    """How many characters a part that is not text has, such as its address or its data; at least 1."""
+    return max(1, characters_in({name: value for name, value in part.items() if name != "type"}))
 
 
 def _tool_calls(message: Mapping[str, Any], path: str) -> Iterator[ToolCall]:
@@ -319,26 +352,45 @@ def _new_turns(messages: Sequence[_Message], *, judge_system: bool) -> set[int]:
 
 
 def _new_texts(messages: Sequence[_Message], new: set[int]) -> Iterator[PromptText]:
-    before: tuple[Turn, ...] = ()
-    for index, message in enumerate(messages):
-        if index in new and message.has_text:
-            path = f"{message.path}.content"
-            yield PromptText(Conversation((*before, message.turn)), path)
-            if message.glued is not None:
-                yield PromptText(Conversation((*before, replace(message.turn, content=message.glued))), path)
-            if message.turn.role is not Role.ASSISTANT:
+    turns = tuple(message.turn for message in messages)
+    texts = [index for index in sorted(new) if messages[index].has_text]
+    for role, indices in groupby(texts, key=lambda index: messages[index].turn.role):
+        group = list(indices)
+        said, before = [messages[index] for index in group], turns[: group[0]]
+        turn = _joined([message.turn for message in said])
+        places = tuple((f"{message.path}.content", len(message.turn.content)) for message in said)
+        paths = {path for path, _ in places}
+        if role is Role.ASSISTANT:
+            paths |= {f"{message.path}.{name}" for message in said for name, _ in message.others}
+        yield PromptText(Conversation((*before, turn)), places, frozenset(paths))
+        if any(message.glued is not None for message in said):
+            glued = [message.turn.content if message.glued is None else message.glued for message in said]
+            places = tuple((path, len(text)) for (path, _), text in zip(places, glued, strict=True))
+            yield PromptText(Conversation((*before, replace(turn, content="\n".join(glued)))), places, frozenset(paths))
+        if role is not Role.ASSISTANT:
+            for message in said:
                 yield from _other_texts(message, before)
-        before = (*before, message.turn)
+
+
+def _joined(turns: Sequence[Turn]) -> Turn:
+    """Turns of one role as one: what is asked for in two messages is asked for."""
+    if len(turns) == 1:
+        return turns[0]
+    return Turn(
+        turns[0].role,
+        "\n".join(turn.content for turn in turns),
+        "\n".join(turn.reasoning for turn in turns if turn.reasoning),
+        tuple(call for turn in turns for call in turn.tool_calls),
+    )
 
 
 def _other_texts(message: _Message, before: tuple[Turn, ...]) -> Iterator[PromptText]:
     """What stands beside the content. Guards look there in an assistant's turns only; a client can send it in any."""
-    turn = message.turn
-    texts = [(turn.reasoning, "reasoning_content")]
-    texts += [(call.arguments, f"tool_calls[{number}]") for number, call in enumerate(turn.tool_calls)]
-    for text, name in texts:
+    for name, text in message.others:
+        path = f"{message.path}.{name}"
         if text:
-            yield PromptText(Conversation((*before, Turn(turn.role, text))), f"{message.path}.{name}")
+            said = Conversation((*before, Turn(message.turn.role, text)))
+            yield PromptText(said, ((path, len(text)),), frozenset((path,)))
 
 
 def _coverage(messages: Sequence[_Message], new: set[int]) -> Iterator[Coverage]:
@@ -384,10 +436,21 @@ def worst_decision(decisions: Sequence[Decision]) -> int:
 
 
 def decision_field(
-    decision: Decision, policy: Policy, *, path: str | None = None, identity: str | None = None
+    decision: Decision,
+    policy: Policy,
+    *,
+    path: str | None = None,
+    identity: str | None = None,
+    text: PromptText | None = None,
 ) -> dict[str, Any]:
-    """What stands in our field ``tidegate``: a decision and its reasons, without any of the text."""
+    """What stands in our field ``tidegate``: a decision and its reasons, without any of the text.
+
+    ``path`` is where the judged text stands; ``text`` says it instead where messages were judged together.
+    """
     verdict, failure = decision.verdict, decision.failure
+    span = verdict.span if verdict else None
+    if text is not None:
+        path, span = text.where(span)
     return {
         "id": identity,
         "action": decision.action.word,
@@ -399,7 +462,7 @@ def decision_field(
         "categories": list(verdict.categories) if verdict else [],
         "guard": verdict.guard if verdict else failure.guard if failure else "",
         "failure": {"kind": failure.kind, "message": failure.message} if failure else None,
-        "where": _where(path, verdict.span if verdict else None),
+        "where": _where(path, span),
         "advice": [advice.value for advice in decision.advice],
         "message": policy.message_for(decision.rule) if decision.action.word in ("block", "redact") else None,
         "coverage": [

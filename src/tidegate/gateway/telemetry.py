@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -60,6 +60,12 @@ class Telemetry:
         self.decisions.labels(target, decision.action.word).inc()
         if decision.failure is not None:
             self.failures.labels(decision.failure.kind).inc()
+
+    def count_failures(self, decisions: Iterable[Decision]) -> None:
+        """Count the guard's failures behind decisions that a worse one stands for."""
+        for decision in decisions:
+            if decision.failure is not None:
+                self.failures.labels(decision.failure.kind).inc()
 
     @contextmanager
     def stream(self) -> Iterator[None]:

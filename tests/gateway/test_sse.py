@@ -40,9 +40,17 @@ def test_an_event_that_never_ends_is_refused() -> None:
         reader.feed(b"data: 123456\n")
     with pytest.raises(UpstreamError):
         EventReader(longest=100).feed(b"data: " + b"x" * 100)
+    reader = EventReader(longest=100)
+    reader.feed(b"data: ")
+    for _ in range(94):
+        reader.feed(b"x")
+    with pytest.raises(UpstreamError):
+        reader.feed(b"x")
 
 
 def test_an_event_is_one_line_of_json() -> None:
     """Also when the text has line ends or broken characters in it."""
     assert event({"a": "é\n"}) == b'data: {"a":"\xc3\xa9\\n"}\n\n'
     assert event("\ud800") == b'data: "?"\n\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        event(float("nan"))

@@ -23,12 +23,12 @@ HEADERS: Final = (
 )
 """Of a response that is an event stream: nobody on the way should store or buffer it."""
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 def event(content: Any) -> bytes:
-    """One event whose data is this value as JSON."""
+    """One event whose data is this value as JSON. Raises ValueError for NaN and infinities, which JSON does not know."""
     return b"data: %b\n\n" % _encode(content).encode("utf-8", "replace")
 
 
@@ -41,7 +41,8 @@ class EventReader:
 
     def __init__(self, *, longest: int = 4 * 1024 * 1024) -> None:
         self._longest = longest
-        self._rest = b""
+        self._rest: list[bytes] = []
+        self._rest_size = 0
         self._data: list[bytes] = []
         self._size = 0
         self._begun = False
@@ -52,10 +53,14 @@ class EventReader:
         Raises:
             UpstreamError: when an event is longer than allowed.
         """
-        text = self._rest + data
+        if self._begun and b"\n" not in data and b"\r" not in data and not self._ends_in_return():
+            self._keep(data)  # a line that goes on: its parts are joined once
+            return []
+        text = b"".join((*self._rest, data))
+        self._rest, self._rest_size = [], 0
         if not self._begun:
             if _BYTE_ORDER_MARK.startswith(text[:3]) and len(text) < 3:
-                self._rest = text
+                self._keep(text)
                 return []
             self._begun = True
             text = text.removeprefix(_BYTE_ORDER_MARK)
@@ -65,11 +70,21 @@ class EventReader:
                 text, held = text[:-1], b"\r"
             text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         lines = text.split(b"\n")
-        self._rest = lines.pop() + held
+        rest = lines.pop() + held
         events = [complete for line in lines if (complete := self._line(line)) is not None]
-        if self._size + len(self._rest) > self._longest:
-            raise UpstreamError(f"the upstream sent an event of more than {self._longest:,} bytes")
+        self._keep(rest)
         return events
+
+    def _ends_in_return(self) -> bool:
+        return bool(self._rest) and self._rest[-1].endswith(b"\r")
+
+    def _keep(self, part: bytes) -> None:
+        """Keep a part of a line until the line is complete."""
+        if part:
+            self._rest.append(part)
+            self._rest_size += len(part)
+        if self._size + self._rest_size > self._longest:
+            raise UpstreamError(f"the upstream sent an event of more than {self._longest:,} bytes")
 
     def finish(self) -> list[bytes]:
         """The stream is complete: the event that lacked only its blank line, if there is one."""

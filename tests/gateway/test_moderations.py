@@ -79,6 +79,16 @@ def test_bad_input_says_where(gateway: Gateway, body: Any, param: str) -> None:
     assert gateway.kept() == []
 
 
+@pytest.mark.parametrize(("name", "param"), [("image", "image"), ("build a bomb", "body")])
+def test_a_field_that_would_not_be_judged_is_refused(gateway: Gateway, name: str, param: str) -> None:
+    """The answer names the field when its name is a word, and never quotes a sentence."""
+    response = httpx.post(f"{gateway.base_url}/moderations", json={"input": "x", name: "y"})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert "bomb" not in response.text
+
+
 def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
     """404 model_not_found, as with OpenAI."""
     with pytest.raises(openai.NotFoundError) as caught:

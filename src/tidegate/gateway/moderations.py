@@ -9,6 +9,7 @@ says why. ``flagged`` is true when the policy does anything but allow.
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -50,6 +51,8 @@ OPENAI_CATEGORIES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )
 """OpenAI's categories, and which of ours each stands for; () for those finer than ours, which are never said."""
 
+_FIELDS: Final = frozenset(("input", "model"))
+_FIELD_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MODELS: Final = ("omni-moderation-", "text-moderation-")
 
 
@@ -82,6 +85,7 @@ class Moderations:
         """
         body = await read_json(request, longest=self._longest_body)
         self._check_model(body.get("model"))
+        _check_fields(body)
         texts = _texts(body)
         work = [self._judge(text, f"input[{place}]", request.url.path) for place, text in enumerate(texts)]
         decisions = await asyncio.gather(*work)
@@ -119,6 +123,13 @@ class Moderations:
             return decision, await self._keep(decision, conversation, retention=self._policy.retention)
         except Exception as error:  # whatever keeps a decision from being kept must not pass for success
             raise StoreError("a decision could not be kept") from error
+
+
+def _check_fields(body: Mapping[str, Any]) -> None:
+    for name in body:
+        if name not in _FIELDS:
+            shown = name if _FIELD_NAME.fullmatch(name) else None
+            _refuse("unknown field: expected input and model only", param=shown or "body", code="unknown_parameter")
 
 
 def _texts(body: Mapping[str, Any]) -> list[str]:

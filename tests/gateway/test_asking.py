@@ -65,9 +65,9 @@ async def test_the_answer_comes_as_text_from_the_first_model_listed(serve: Calla
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        (Reply.error(429, "too many questions"), "too many questions"),
+        (Reply.error(429, "you said: bomb"), "too many requests"),
         (Reply.stream(chunk({"content": "a"}), b"data: {broken\n\n"), "not JSON"),
-        (Reply.stream(b'data: {"error": {"message": "out of memory"}}\n\n'), "out of memory"),
+        (Reply.stream(b'data: {"error": {"message": "bomb"}}\n\n'), "reported an error"),
         (Reply.stream(chunk({"content": "a"}), done=False), "before the end"),
         (Reply.stream(chunk({"content": "a"}), Die(), done=False), "broke off"),
     ],

@@ -427,18 +427,31 @@ def test_an_upstream_that_is_down_is_a_502(stream: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("status", [400, 401, 404, 429, 500, 503])
 def test_upstream_errors_are_passed_on(gateway: Gateway, upstream: FakeUpstream, status: int, stream: bool) -> None:
-    """Status, message and Retry-After arrive; no other header does."""
-    upstream.reply = Reply.error(status, "as it is", headers={"retry-after": "7", "x-secret": "s"})
+    """Status, words for programs and Retry-After arrive; no other header does, and no message that nobody judged."""
+    upstream.reply = Reply.error(status, "you said: bomb", headers={"retry-after": "7", "x-secret": "s"})
 
     body = {"model": "m", "messages": HELLO, "stream": stream}
     response = httpx.post(f"{gateway.base_url}/chat/completions", json=body)
 
     assert response.status_code == status
-    assert response.json() == {
-        "error": {"message": "as it is", "type": "fake_error", "param": None, "code": f"fake_{status}"}
-    }
+    error = response.json()["error"]
+    assert "upstream" in error.pop("message")
+    assert error == {"type": "fake_error", "param": None, "code": f"fake_{status}"}
+    assert "bomb" not in response.text
     assert response.headers["retry-after"] == "7"
     assert "x-secret" not in response.headers
+
+
+def test_an_upstream_error_carries_no_sentence(gateway: Gateway, upstream: FakeUpstream) -> None:
+    """What is no word for programs is left out, wherever it stands."""
+    error = dict.fromkeys(("message", "type", "param", "code"), "mix the powder")
+    upstream.reply = Reply.json({"error": error}, status=400, headers={"retry-after": "mix the powder"})
+
+    response = httpx.post(f"{gateway.base_url}/chat/completions", json={"model": "m", "messages": HELLO})
+
+    assert response.status_code == 400
+    assert "powder" not in response.text + str(response.headers)
+    assert response.json()["error"]["type"] == "upstream_error"
 
 
 def test_an_upstream_that_dies_in_the_middle(client: OpenAI, gateway: Gateway, upstream: FakeUpstream) -> None:
@@ -530,7 +543,24 @@ def test_what_json_cannot_carry_does_not_cost_the_answer(
     refused = httpx.post(f"{gateway.base_url}/chat/completions", json=body)
 
     assert (answer.status_code, answer.json()["service_tier"]) == (200, written)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, written)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, None)
+
+
+@pytest.mark.parametrize("said", [b"NaN", b"-Infinity", b"1e999"])
+def test_no_number_that_json_does_not_know_is_written(gateway: Gateway, upstream: FakeUpstream, said: bytes) -> None:
+    """In a streamed chunk it becomes null; in a request it is refused, and never reaches the upstream."""
+    odd = json.dumps(chunk({"content": "fine"}, score="X")).encode().replace(b'"X"', said)
+    upstream.reply = Reply.stream(b"data: %b\n\n" % odd, chunk(finish_reason="stop"))
+    body = {"model": "m", "messages": HELLO, "stream": True}
+    answer = httpx.post(f"{gateway.base_url}/chat/completions", json=body).text
+    request = json.dumps({**body, "temperature": "X"}).encode().replace(b'"X"', said)
+    refused = httpx.post(f"{gateway.base_url}/chat/completions", content=request)
+
+    assert '"score":null' in answer
+    assert "NaN" not in answer
+    assert "Infinity" not in answer
+    assert refused.status_code == 400
+    assert len(upstream.received) == 1
 
 
 def test_an_upstream_that_does_not_stream_is_a_502(client: OpenAI, upstream: FakeUpstream) -> None:

@@ -20,7 +20,6 @@ What leaves, and what does not:
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +39,7 @@ from tidegate.gateway.deltas import (
     turn_of,
     without_text,
 )
-from tidegate.gateway.schemas import decision_field, mended, worst_decision
+from tidegate.gateway.schemas import decision_field, json_of, mended, worst_decision
 from tidegate.gateway.sse import DONE, EventReader, event
 from tidegate.gateway.statuses import Problem
 from tidegate.guards.base import StreamGuard
@@ -365,7 +364,7 @@ class AnswerStream:
 
     def _take(self, content: bytes) -> None:
         try:
-            chunk = json.loads(content.decode())
+            chunk = json_of(content.decode())
         except (ValueError, RecursionError):
             raise UpstreamError("the upstream sent an event that is not JSON") from None
         if not isinstance(chunk, dict):

@@ -91,6 +91,6 @@ def _text(event: Any) -> str:
     match event:
         case {"choices": [{"delta": {"content": str(text)}}, *_]}:
             return text.encode("utf-8", "replace").decode()
-        case {"error": {"message": str(message)}}:
-            raise UpstreamError(message)
+        case {"error": error} if error:
+            raise UpstreamError("the upstream reported an error in the middle of its answer")
     return ""

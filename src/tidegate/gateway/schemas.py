@@ -7,6 +7,7 @@ on, so that a key given twice or a broken character cannot mean one thing here a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ __all__ = [
     "PromptText",
     "characters_in",
     "decision_field",
+    "json_of",
     "mended",
     "read_chat",
     "read_json",
@@ -91,7 +93,7 @@ async def read_json(request: Request, *, longest: int) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         _refuse(f"the body is not UTF-8: byte {error.start} cannot be read", code="invalid_utf8")
     try:
-        body = json.loads(text, parse_constant=_no_constant)
+        body = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
         if "\\ud" in text or "\\uD" in text:
             body = json.loads(mended(json.dumps(body, ensure_ascii=False)))
     except json.JSONDecodeError as error:
@@ -121,6 +123,22 @@ async def _read(request: Request, longest: int) -> bytes:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(name)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError("too large")
+    return number
+
+
+def _finite_or_null(digits: str) -> float | None:
+    number = float(digits)
+    return number if math.isfinite(number) else None
+
+
+json_of: Final = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite_or_null).decode
+"""JSON of an upstream, which can be written again: numbers that JSON does not know are null. Raises ValueError."""
 
 
 def mended(text: str) -> str:

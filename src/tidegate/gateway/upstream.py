@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -16,13 +16,32 @@ import aiohttp
 
 from tidegate import __version__
 from tidegate.errors import InputError, UpstreamError
-from tidegate.gateway.schemas import mended
+from tidegate.gateway.schemas import json_of, mended
 from tidegate.gateway.statuses import Problem
 
 __all__ = ["Upstream", "UpstreamAnswer", "base_of"]
 
 LONGEST_ERROR: Final = 64 * 1024
-LONGEST_ERROR_MESSAGE: Final = 2000
+
+_MESSAGES: Final = {
+    400: "the upstream cannot use this request",
+    401: "the upstream does not take this key",
+    402: "the upstream asks for a payment",
+    403: "the upstream does not allow this",
+    404: "the upstream does not know this model or path",
+    408: "the upstream waited too long for the request",
+    409: "the upstream reports a conflict",
+    413: "the upstream finds the request too long",
+    422: "the upstream cannot use this request",
+    429: "the upstream has too many requests, or a quota is used up",
+    500: "something went wrong in the upstream",
+    502: "something went wrong behind the upstream",
+    503: "the upstream is overloaded or not ready",
+    504: "the upstream did not get an answer in time",
+}
+_WORD: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_PLACE: Final = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
+_RETRY_AFTER: Final = re.compile(r"\d{1,10}|[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} GMT")
 
 
 def base_of(url: str) -> str:
@@ -75,22 +94,24 @@ class UpstreamAnswer:
             raise UpstreamError("the upstream's answer is not JSON") from None
 
     async def problem(self) -> Problem:
-        """What the upstream said was wrong, for the client: its error in OpenAI's shape, and when to come again."""
+        """What the client is told of the upstream's error: the status, words for programs, and when to come again.
+
+        Its message is left out, because it may quote what the model wrote, and nobody has judged that.
+        """
         try:
             said = _parsed(await self._read(LONGEST_ERROR))
         except (UpstreamError, ValueError, RecursionError):
             said = None
         error = said.get("error") if isinstance(said, dict) else None
         fields = error if isinstance(error, dict) else {}
-        message = fields.get("message") if isinstance(fields.get("message"), str) else None
-        retry = self._response.headers.get("retry-after")
+        retry = self._response.headers.get("retry-after", "").strip()
         return Problem(
             self.status if 400 <= self.status <= 599 else 502,
-            (message or f"the upstream answered with status {self.status}")[:LONGEST_ERROR_MESSAGE],
-            _word(fields.get("type")) or "upstream_error",
-            _word(fields.get("param")),
-            _word(fields.get("code")),
-            {"retry-after": retry} if retry else {},
+            _MESSAGES.get(self.status, f"the upstream answered with status {self.status}"),
+            _word(fields.get("type"), _WORD) or "upstream_error",
+            _word(fields.get("param"), _PLACE),
+            _word(fields.get("code"), _WORD),
+            {"retry-after": retry} if _RETRY_AFTER.fullmatch(retry) else {},
         )
 
     def close(self) -> None:
@@ -108,22 +129,19 @@ class UpstreamAnswer:
         return b"".join(parts)
 
 
-_decode = json.JSONDecoder(
-    parse_constant=lambda _: None, parse_float=lambda digits: number if math.isfinite(number := float(digits)) else None
-).decode
-
-
 def _parsed(data: bytes) -> Any:
     """JSON that can be written again: numbers that JSON does not know are null, single surrogates are replaced."""
     text = data.decode()
-    value = _decode(text)
+    value = json_of(text)
     if "\\ud" in text or "\\uD" in text:
         return json.loads(mended(json.dumps(value, ensure_ascii=False)))
     return value
 
 
-def _word(value: Any) -> str | None:
-    return str(value)[:200] if isinstance(value, str | int) and not isinstance(value, bool) else None
+def _word(value: Any, known: re.Pattern[str]) -> str | None:
+    """A word for programs; None for what could be a sentence."""
+    word = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    return word if known.fullmatch(word) else None
 
 
 class Upstream:

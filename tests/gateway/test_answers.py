@@ -6,13 +6,15 @@ import itertools
 import json
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving import Record, make_policy
-from tidegate.gateway.answers import AnswerStream, Judging
+from tidegate.errors import UpstreamError
+from tidegate.gateway.answers import NO_USAGE, AnswerStream, Judging, judge_answer
 from tidegate.moderate import StreamModerator
-from tidegate.testing import FakeStreamGuard, chunk, text_chunks
+from tidegate.testing import FakeStreamGuard, chunk, completion, text_chunks
 from tidegate.types import Action, Conversation, Scope
 
 POLICY = make_policy()
@@ -270,3 +272,209 @@ async def test_chunks_without_choices_keep_their_place() -> None:
 
     assert [part["id"] for part in client.chunks] == ["early", *["chatcmpl-fake"] * 3, "late"]
     assert client.done
+
+
+# --- fields that lie ----------------------------------------------------------------------------------------------
+
+SECRET = "first mix the powder"
+LIES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {name: value}) for name in ("id", "object", "created", "model", "system_fingerprint", "service_tier")
+      for value in (SECRET, [SECRET], {"a": SECRET})),
+    ("usage", {"usage": SECRET}),
+    ("usage", {"usage": {"total_tokens": 3, "note": SECRET, "details": {"more": [SECRET]}}}),
+    ("usage", {"usage": {SECRET: 1}}),
+    ("?", {SECRET: 1}),
+    ("extra", {"extra": {SECRET: 1}}),
+    ("finish_reason", {"choices": [{"finish_reason": SECRET}]}),
+    ("finish_reason", {"choices": [{"finish_reason": [SECRET]}]}),
+    ("stop_reason", {"choices": [{"stop_reason": SECRET}]}),
+    ("role", {"choices": [{"delta": {"role": SECRET}}]}),
+    ("role", {"choices": [{"delta": {"role": [SECRET]}}]}),
+    ("?", {"choices": [{"delta": {SECRET: None}}]}),
+    ("tool_calls", {"choices": [{"delta": {"tool_calls": SECRET}}]}),
+    ("tool_calls", {"choices": [{"delta": {"tool_calls": [SECRET]}}]}),
+    *((f"tool_calls.{name}", {"choices": [{"delta": {"tool_calls": [{name: SECRET, "function": {"name": "f"}}]}}]})
+      for name in ("index", "id", "type", "note")),
+    ("tool_calls.0.function.note",
+     {"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"name": "f", "note": SECRET}}]}}]}),
+    ("tool_calls.0.function.arguments",
+     {"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": {"a": SECRET}}}]}}]}),
+    ("function_call", {"choices": [{"delta": {"function_call": SECRET}}]}),
+]  # fmt: skip
+
+
+def lying(lie: dict[str, Any], at: str) -> dict[str, Any]:
+    """An answer whose fields hold what they should not; ``at`` is delta or message."""
+    body = completion("fine") if at == "message" else chunk({"content": "fine"})
+    choices = [dict(choice) for choice in lie.get("choices", [{}])]
+    for choice, honest in zip(choices, body["choices"], strict=True):
+        said = {**honest[at], **choice.pop("delta", {})}
+        choice.update({**honest, **choice, at: said})
+    return {**body, **lie, "choices": choices}
+
+
+@pytest.mark.parametrize(("path", "lie"), LIES)
+async def test_no_field_of_a_chunk_carries_a_sentence(path: str, lie: dict[str, Any]) -> None:
+    """It is dropped or replaced, the coverage counts it, and the answer arrives."""
+    stream = AnswerStream(judging(FakeStreamGuard(), tools=frozenset({"f"})))
+
+    sent = await through(stream, [wire([lying(lie, "delta"), chunk(finish_reason="stop")])])
+
+    client = Client(sent)
+    assert SECRET.encode() not in sent
+    assert client.texts[0, "content"] == "fine"
+    assert all(isinstance(part["id"], str) and part["id"] for part in client.chunks)
+    assert counted(client.decisions[0], path) >= len(SECRET)
+
+
+@pytest.mark.parametrize(("path", "lie"), LIES)
+async def test_no_field_of_a_whole_answer_carries_a_sentence(path: str, lie: dict[str, Any]) -> None:
+    """The same without streaming."""
+    answer, _ = await judge_answer(lying(lie, "message"), judging(FakeStreamGuard(), tools=frozenset({"f"})))
+
+    assert SECRET not in json.dumps(answer)
+    assert answer["choices"][0]["message"]["content"] == "fine"
+    assert answer["choices"][0]["finish_reason"] in ("stop", None)
+    assert counted(answer["tidegate"], path) >= len(SECRET)
+
+
+def counted(field: dict[str, Any], path: str) -> int:
+    """How many characters of a field the coverage says were not judged."""
+    return sum(
+        part["characters"]
+        for part in field["coverage"]
+        if part["state"] == "not_judged" and part["path"].removeprefix("choices[0].") == path
+    )
+
+
+async def test_a_replaced_identity_stays_the_same() -> None:
+    """So that a client can still put the chunks of one answer together."""
+    chunks = [chunk({"content": text}, id=SECRET) for text in ("one ", "two ")]
+
+    client = Client(
+        await through(
+            AnswerStream(judging(FakeStreamGuard())), [wire([*chunks, chunk(finish_reason="stop", id=SECRET)])]
+        )
+    )
+
+    assert len({part["id"] for part in client.chunks}) == 1
+
+
+async def test_honest_fields_pass_as_they_are() -> None:
+    """Numbers, words, identities, and the usage with its details."""
+    usage = {"total_tokens": 3, "details": {"cached": 0, "seconds": 0.5}, "more": None}
+    honest = chunk(
+        {"content": "fine"}, id="gen-1/a:b@c", model="org/model.v1:free", service_tier="default", usage=usage
+    )
+
+    client = Client(
+        await through(AnswerStream(judging(FakeStreamGuard())), [wire([honest, chunk(finish_reason="STOP")])])
+    )
+
+    assert {name: client.chunks[0][name] for name in ("id", "model", "service_tier", "usage")} == {
+        name: honest[name] for name in ("id", "model", "service_tier", "usage")
+    }
+    assert client.reasons == {0: ["stop"]}
+    assert counted(client.decisions[0], "usage") == 0
+
+
+PARTS: list[Any] = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "let me see"}]},
+    {"type": "text", "text": "so "},
+    {"type": "text", "text": "fine"},
+]
+
+
+async def test_texts_in_parts_are_judged_and_arrive() -> None:
+    """An array of parts is taken apart: thoughts go out as reasoning, texts as content."""
+    chunks = [chunk({"content": PARTS[:1]}), chunk({"content": PARTS[1:]}), chunk(finish_reason="stop")]
+
+    client = Client(await through(AnswerStream(judging(FakeStreamGuard())), [wire(chunks)]))
+    whole, decisions = await judge_answer(completion({"content": PARTS}), judging(FakeStreamGuard()))
+
+    assert client.texts == {(0, "reasoning_content"): "let me see", (0, "content"): "so fine"}
+    message = whole["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("let me see", "so fine")
+    assert [decision.action for decision in decisions] == [Action.ALLOW]
+
+
+async def test_harm_in_parts_is_blocked() -> None:
+    """However it is cut into parts."""
+    parts = [{"type": "text", "text": "so bo"}, {"type": "text", "text": "mb bomb x"}]
+
+    sent = await through(AnswerStream(judging(FakeStreamGuard())), [wire([chunk({"content": parts})])])
+
+    assert Client(sent).texts == {(0, "content"): "so"}
+    assert Client(sent).reasons == {0: ["content_filter"]}
+
+
+@pytest.mark.parametrize("content", [5, {"text": SECRET}, [{"type": "odd", "text": SECRET}], [[SECRET]], [7]])
+async def test_a_text_in_an_unknown_shape_is_an_error(content: Any) -> None:
+    """Never a silent empty answer."""
+    stream = AnswerStream(judging(FakeStreamGuard()))
+
+    sent = await through(stream, [wire([chunk({"content": content}), chunk(finish_reason="stop")])])
+
+    assert stream.error is not None
+    assert SECRET.encode() not in sent
+    with pytest.raises(UpstreamError):
+        await judge_answer(completion({"content": content}), judging(FakeStreamGuard()))
+
+
+async def test_a_choice_without_text_says_what_was_dropped() -> None:
+    """It ends with our field too, so that nobody takes an empty answer for a judged one."""
+    record = Record()
+    odd = chunk({"audio": {"data": SECRET}})
+
+    client = Client(
+        await through(AnswerStream(judging(FakeStreamGuard(), record)), [wire([odd, chunk(finish_reason="stop")])])
+    )
+    whole, decisions = await judge_answer(completion({"audio": SECRET}), judging(FakeStreamGuard(), record))
+
+    for field in (client.decisions[0], whole["choices"][0]["tidegate"], whole["tidegate"]):
+        assert (field["action"], field["rule"], field["severity"]) == ("allow", None, None)
+        assert counted(field, "audio") == len(SECRET)
+    assert record.kept == decisions == []
+
+
+@pytest.mark.parametrize("index", [-1, 1, True, "0", 0.0])
+async def test_a_choice_that_nobody_asked_for_is_an_error(index: Any) -> None:
+    """An upstream cannot open more of them than the request has."""
+    stream = AnswerStream(judging(FakeStreamGuard()))
+    await through(stream, [wire([chunk({"content": "x"}, index=index)])])
+    answer = completion("x")
+    answer["choices"][0]["index"] = index
+
+    assert stream.error is not None
+    with pytest.raises(UpstreamError):
+        await judge_answer(answer, judging(FakeStreamGuard()))
+
+
+@pytest.mark.parametrize("told", [None, {"total_tokens": 4}])
+async def test_a_blocked_stream_ends_with_the_usage_that_was_asked_for(told: Any) -> None:
+    """What the upstream has said so far, or zeros; a client that asked for none gets none."""
+    chunks = [chunk({"content": "bomb bomb "}, usage=told)]
+
+    asked = Client(
+        await through(AnswerStream(judging(FakeStreamGuard()), wants_usage=True), [wire(chunks, done=False)])
+    )
+    other = Client(await through(AnswerStream(judging(FakeStreamGuard())), [wire(chunks, done=False)]))
+
+    assert (asked.chunks[-1]["choices"], asked.chunks[-1]["usage"]) == ([], told or NO_USAGE)
+    assert other.chunks[-1]["choices"]
+
+
+async def test_every_failure_of_the_guard_is_noted() -> None:
+    """Also those on texts that a worse decision stands for."""
+    noted: list[Any] = []
+    message = {"content": "a bomb", "reasoning_content": "guardfail"}
+
+    with_ = judging(FakeStreamGuard(), policy=make_policy(on_guard_error="review"), note=noted.extend)
+    _, decisions = await judge_answer(completion(message), with_)
+
+    assert [decision.action for decision in decisions] == [Action.BLOCK]
+    assert [decision.failure.kind for decision in noted] == ["GuardUnavailable"]
+    assert {part.path: part.state.value for part in decisions[0].coverage} == {
+        "choices[0].content": "judged",
+        "choices[0].reasoning_content": "not_judged",
+    }

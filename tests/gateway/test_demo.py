@@ -42,7 +42,7 @@ def test_every_offered_prompt_gets_its_answer(url: str, answer: object) -> None:
     assert "".join(delta.content or "" for delta in deltas) == written.content
     assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == written.reasoning
     assert parts[-1].usage == whole.usage
-    assert all("no model" in (part.system_fingerprint or "") for part in parts)
+    assert all("no-model" in (part.system_fingerprint or "") for part in parts)
 
 
 def test_it_says_what_it_is(url: str) -> None:

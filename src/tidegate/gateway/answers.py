@@ -10,7 +10,8 @@ What leaves, and what does not:
   is held goes out later, in its turn, with as much of its text as was released.
 - A text that another text follows is taken to be complete, so that the end of the reasoning is not held until the end
   of the answer. Should it go on, it is judged again from its beginning, and what has left is not sent twice.
-- Known fields without text (ids, index, role, finish_reason, usage, model, ...) pass as the values that they are.
+- Known fields without text (ids, index, role, finish_reason, usage, model, ...) pass when they are what they should
+  be: numbers, words for programs, identities. What could be a sentence does not, and identities are replaced.
 - ``logprobs`` are dropped: they name words that the guard never saw. So is every field that we do not know and that
   could carry text: strings, arrays, and objects with either. Numbers, booleans and null pass. What is dropped is in the
   coverage of its choice as not judged, in characters of text; it never leaves.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -33,13 +34,15 @@ from tidegate.gateway.deltas import (
     Parts,
     Slot,
     Text,
+    finish_reason_of,
+    is_place,
     path_of,
     put,
     take_apart,
     turn_of,
     without_text,
 )
-from tidegate.gateway.schemas import decision_field, json_of, mended, worst_decision
+from tidegate.gateway.schemas import decision_field, json_of, mended, undecided_field, worst_decision
 from tidegate.gateway.sse import DONE, EventReader, event
 from tidegate.gateway.statuses import Problem
 from tidegate.guards.base import StreamGuard
@@ -57,10 +60,13 @@ from tidegate.types import (
     Turn,
 )
 
-__all__ = ["AnswerStream", "Judging", "KeepAnswer", "judge_answer"]
+__all__ = ["NO_USAGE", "AnswerStream", "Judging", "KeepAnswer", "judge_answer"]
 
 KeepAnswer = Callable[[Decision, Conversation], Awaitable[str | None]]
 """Keeps the decision on one choice, with the conversation that ends with it; returns its id when it has one."""
+
+NO_USAGE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+"""The usage of an answer that was cut off before its upstream told it."""
 
 BLOCKS: Final = Action.REDACT
 """This action or a worse one keeps text from leaving: there is nobody here who could redact it."""
@@ -75,6 +81,7 @@ class Judging:
         tools: the names that a tool call may have without being judged.
         timeout_s: seconds that the guard may take for each step; None for as long as it wants.
         trusted: names of fields that we do not know, but that the operator says carry no text of the model.
+        note: told of the decisions that a worse one on the same choice stands for; None when nobody wants to know.
     """
 
     guard: StreamGuard
@@ -85,11 +92,19 @@ class Judging:
     tools: frozenset[str] = frozenset()
     timeout_s: float | None = None
     trusted: frozenset[str] = frozenset()
+    note: Callable[[Iterable[Decision]], None] | None = None
 
     @property
     def known(self) -> Known:
         """What else may pass."""
         return Known(self.tools, self.trusted)
+
+    def worst(self, decisions: Sequence[Decision]) -> int:
+        """Which decision counts for a choice."""
+        number = worst_decision(decisions)
+        if self.note is not None and len(decisions) > 1:
+            self.note(decision for place, decision in enumerate(decisions) if place != number)
+        return number
 
 
 # --- one text of a streaming choice -------------------------------------------------------------------------------
@@ -278,6 +293,7 @@ class AnswerStream:
     Args:
         judging: what it is judged with.
         choices: how many choices were asked for, at least 1.
+        wants_usage: whether the client asked for a last chunk with the usage.
 
     Attributes:
         done: whether all is said: what comes from the upstream after that is of no use.
@@ -286,13 +302,15 @@ class AnswerStream:
         released: how many characters of text went out.
     """
 
-    def __init__(self, judging: Judging, *, choices: int = 1) -> None:
+    def __init__(self, judging: Judging, *, choices: int = 1, wants_usage: bool = False) -> None:
         self.done = False
         self.error: UpstreamError | None = None
         self.decisions: list[Decision] = []
         self.released = 0
         self._judging = judging
         self._expected = choices
+        self._wants_usage = wants_usage
+        self._usage: Any = None
         self._reader = EventReader()
         self._choices: dict[int, _Choice] = {}
         self._dropped: dict[str, int] = {}
@@ -326,6 +344,8 @@ class AnswerStream:
                 self._take(content)
         except UpstreamError as failed:
             error = failed
+        except RecursionError:
+            error = UpstreamError("the upstream sent an event that is nested too deep")
         sent = await self._advance()
         if (complete or error is not None) and not self.done:
             sent += await self._end(error)
@@ -383,6 +403,7 @@ class AnswerStream:
     def _take_head(self, chunk: dict[str, Any]) -> dict[str, Any]:
         parts = Parts(dropped=self._dropped)
         head = without_text(chunk, TOP_FIELDS, self._judging.trusted, parts)
+        self._usage = head.get("usage") or self._usage
         if not self._head:
             self._head = {name: value for name, value in head.items() if name != "usage"}
         return head
@@ -390,8 +411,9 @@ class AnswerStream:
     def _take_choice(self, head: dict[str, Any], content: Any) -> None:
         index = content.get("index", 0) if isinstance(content, dict) else None
         delta = content.get("delta") or {} if isinstance(content, dict) else None
-        if isinstance(index, bool) or not isinstance(index, int) or not isinstance(delta, dict):
+        if not is_place(index) or not isinstance(delta, dict):
             raise UpstreamError("the upstream sent a choice without a proper index or delta")
+        _expect_asked_for(index, self._expected)
         choice = self._choices.get(index)
         if choice is None:
             choice = self._choices[index] = _Choice(index)
@@ -400,9 +422,8 @@ class AnswerStream:
         parts = Parts(dropped=choice.dropped)
         take_apart(delta, self._judging.known, parts)
         rest = {name: value for name, value in content.items() if name not in ("delta", "index", "finish_reason")}
-        kept = without_text(rest, frozenset(), self._judging.trusted, parts)
-        finish_reason = content.get("finish_reason")
-        choice.finish_reason = finish_reason if isinstance(finish_reason, str) else None
+        kept = without_text(rest, {}, self._judging.trusted, parts)
+        choice.finish_reason = finish_reason_of(content, parts)
         texts = self._take_texts(choice, parts.texts)
         if delta and not parts.plain and not texts and choice.finish_reason is None:
             return
@@ -510,11 +531,12 @@ class AnswerStream:
             if (decision := channel.moderator.close() or channel.moderator.decision) is not None
         ]
         self.released += sum(channel.moderator.released for channel in choice.channels.values())
-        if not decided:
-            return
-        chosen, path = decided[worst_decision([decision for decision, _ in decided])]
         coverage = [part for channel in choice.channels.values() for part in channel.moderator.coverage]
         coverage += (*_dropped(choice.dropped, f"choices[{choice.index}]."), *_dropped(self._dropped))
+        if not decided:
+            choice.field = undecided_field(self._judging.policy, coverage)
+            return
+        chosen, path = decided[self._judging.worst([decision for decision, _ in decided])]
         decision = replace(chosen, coverage=tuple(coverage))
         self.decisions.append(decision)
         identity = await self._judging.keep(decision, self._judging.prompt.then(choice.turn()))
@@ -542,54 +564,74 @@ class AnswerStream:
 
     def _finish(self) -> bytes:
         self.done = True
+        told = any(chunk.get("usage") for chunk in self._tail)
+        if self._wants_usage and not told and any(choice.blocked for choice in self._choices.values()):
+            self._tail.append({**self._head, "choices": [], "usage": self._usage or NO_USAGE})
         return b"".join(map(event, self._tail)) + DONE
 
 
 # --- a whole answer -----------------------------------------------------------------------------------------------
 
 
-async def judge_answer(answer: Any, judging: Judging) -> tuple[dict[str, Any], list[Decision]]:
+async def judge_answer(answer: Any, judging: Judging, *, choices: int = 1) -> tuple[dict[str, Any], list[Decision]]:
     """Judge a ``chat.completion``; returns what may go to the client, and the decision on each choice with text.
 
-    A blocked choice says the policy's message instead, with the finish_reason ``content_filter``.
+    A blocked choice says the policy's message instead, with the finish_reason ``content_filter``. ``choices`` is how
+    many were asked for.
 
     Raises:
         UpstreamError: when it is not a chat completion.
         StoreError: when a decision could not be kept.
     """
-    choices = answer.pop("choices", None) if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not all(
-        isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices
+    listed = answer.pop("choices", None) if isinstance(answer, dict) else None
+    if not isinstance(listed, list) or not all(
+        isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in listed
     ):
         raise UpstreamError("the upstream's answer is not a chat completion")
     parts = Parts()
     head = without_text(answer, TOP_FIELDS, judging.trusted, parts)
-    judged = await asyncio.gather(
-        *(_judge_choice(place, choice, judging, parts) for place, choice in enumerate(choices))
-    )
+    for place, choice in enumerate(listed):
+        index = choice.setdefault("index", place)
+        if not is_place(index):
+            raise UpstreamError("the upstream's answer has a choice without a proper index")
+        _expect_asked_for(index, choices)
+    taken = [_take_message(choice, judging) for choice in listed]
+    judged = await asyncio.gather(*(_judge_choice(*choice, judging, parts) for choice in taken))
     decisions = [decision for _, decision in judged if decision is not None]
-    worst = None
+    worst = judged[0][0]["tidegate"] if judged else None
     if decisions:
         chosen = decisions[worst_decision(decisions)]
         worst = next(choice["tidegate"] for choice, decision in judged if decision is chosen)
     return {**head, "choices": [choice for choice, _ in judged], "tidegate": worst}, decisions
 
 
-async def _judge_choice(
-    place: int, choice: dict[str, Any], judging: Judging, above: Parts
-) -> tuple[dict[str, Any], Decision | None]:
-    index = choice.get("index", place)
+def _expect_asked_for(index: int, choices: int) -> None:
+    if index >= choices:
+        raise UpstreamError("the upstream sent a choice that nobody asked for")
+
+
+def _take_message(choice: dict[str, Any], judging: Judging) -> tuple[dict[str, Any], Parts]:
+    """The fields of a choice that pass, and its message taken apart."""
     parts = Parts()
     take_apart(choice["message"], judging.known, parts)
-    rest = {name: value for name, value in choice.items() if name != "message"}
+    rest = {name: value for name, value in choice.items() if name not in ("message", "finish_reason")}
     kept = without_text(rest, CHOICE_FIELDS, judging.trusted, parts)
+    return {**kept, "finish_reason": finish_reason_of(choice, parts)}, parts
+
+
+async def _judge_choice(
+    kept: dict[str, Any], parts: Parts, judging: Judging, above: Parts
+) -> tuple[dict[str, Any], Decision | None]:
+    index = kept["index"]
     texts = [text._replace(text=mended(text.text)) for text in parts.texts]
     decision: Decision | None = None
+    unseen = (*_dropped(parts.dropped, f"choices[{index}]."), *_dropped(above.dropped))
+    kept["tidegate"] = undecided_field(judging.policy, unseen)
     if texts:
         decided = await asyncio.gather(*(_judge_text(index, text, judging) for text in texts))
-        number = worst_decision(decided)
+        number = judging.worst(decided)
         coverage = [part for one in decided for part in one.coverage]
-        coverage += (*_dropped(parts.dropped, f"choices[{index}]."), *_dropped(above.dropped))
+        coverage += unseen
         decision = replace(decided[number], coverage=tuple(coverage))
         turn = turn_of({text.slot: text.text for text in texts})
         identity = await judging.keep(decision, judging.prompt.then(turn))

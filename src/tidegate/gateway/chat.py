@@ -25,7 +25,7 @@ from starlette.types import Scope as AsgiScope
 
 from tidegate.errors import StoreError, TidegateError, UpstreamError
 from tidegate.gateway import sse
-from tidegate.gateway.answers import BLOCKS, AnswerStream, Judging, judge_answer
+from tidegate.gateway.answers import BLOCKS, NO_USAGE, AnswerStream, Judging, judge_answer
 from tidegate.gateway.schemas import (
     ChatRequest,
     PromptText,
@@ -48,7 +48,6 @@ T = TypeVar("T")
 
 _log = logging.getLogger("tidegate.gateway")
 _EVENT_STREAM: Final = "text/event-stream"
-_NO_USAGE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
 
 class _Stalled(Exception):
@@ -229,7 +228,7 @@ class _Exchange:
             for index in range(self._chat.choices)
         ]
         return JSONResponse(
-            {**head, "object": "chat.completion", "choices": choices, "usage": _NO_USAGE, "tidegate": field}
+            {**head, "object": "chat.completion", "choices": choices, "usage": NO_USAGE, "tidegate": field}
         )
 
     async def _settle(self) -> None:
@@ -250,6 +249,7 @@ class _Exchange:
             tools=self._chat.tools,
             timeout_s=door.guard_timeout_s,
             trusted=door.trusted,
+            note=door.telemetry.count_failures,
         )
 
     async def _keep_answer(self, decision: Decision, conversation: Conversation) -> str | None:
@@ -261,13 +261,16 @@ class _Exchange:
             raise await answer.problem()
         if self._chat.stream:
             raise UpstreamError("the upstream did not stream, although it was asked to")
-        judged, _ = await judge_answer(await answer.json(), self._judging())
+        try:
+            judged, _ = await judge_answer(await answer.json(), self._judging(), choices=self._chat.choices)
+        except RecursionError:
+            raise UpstreamError("the upstream's answer is nested too deep") from None
         return JSONResponse(judged)
 
     async def _stream(self, answer: UpstreamAnswer, to_client: Send) -> None:
         telemetry = self._door.telemetry
         send = _patient(to_client, self._door.client_timeout_s)
-        stream = AnswerStream(self._judging(), choices=self._chat.choices)
+        stream = AnswerStream(self._judging(), choices=self._chat.choices, wants_usage=self._chat.wants_usage)
         await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
         held = 0
         with telemetry.stream():
@@ -373,5 +376,5 @@ def _refusal_events(head: dict[str, Any], chat: ChatRequest, message: str, field
         yield chunk(index, {"content": message}, None)
         yield chunk(index, {}, "content_filter", tidegate=field)
     if chat.wants_usage:
-        yield sse.event({**head, "object": "chat.completion.chunk", "choices": [], "usage": _NO_USAGE})
+        yield sse.event({**head, "object": "chat.completion.chunk", "choices": [], "usage": NO_USAGE})
     yield sse.DONE

@@ -1,14 +1,20 @@
 """Taking apart what a model's answer is made of: which fields pass, which are texts to judge, which are dropped.
 
-Pure functions over JSON values, for the deltas of a stream and the messages of a whole answer alike.
+Pure functions over JSON values, for the deltas of a stream and the messages of a whole answer alike. A known field
+passes only when its value looks as that field does: numbers, words for programs and identities, but no sentences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeGuard
 
+from tidegate.errors import UpstreamError
 from tidegate.gateway.schemas import characters_in
 from tidegate.types import Channel, Role, ToolCall, Turn
 
@@ -19,6 +25,8 @@ __all__ = [
     "Parts",
     "Slot",
     "Text",
+    "finish_reason_of",
+    "is_place",
     "path_of",
     "put",
     "take_apart",
@@ -35,9 +43,11 @@ _TEXTS: Final = {
     "reasoning": Channel.REASONING,
     "refusal": Channel.REFUSAL,
 }
-TOP_FIELDS: Final = frozenset(("id", "object", "created", "model", "system_fingerprint", "service_tier", "usage"))
-CHOICE_FIELDS: Final = frozenset(("index", "finish_reason"))
-_CALL_FIELDS: Final = frozenset(("index", "id", "type"))
+_WORD: Final = re.compile(r"[a-z_.]{1,32}")
+_IDENTITY: Final = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)
+_FIELD: Final = re.compile(r"[\w.:/@+-]{1,64}", re.ASCII)
+_NO_NAME: Final = "?"
+"""Stands in coverage for a field whose name could be a sentence."""
 _ROLES: Final = frozenset(role.value for role in Role)
 
 
@@ -64,49 +74,192 @@ class Parts:
     texts: list[Text] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
 
-    def drop(self, name: str, value: Any) -> None:
-        self.dropped[name] = self.dropped.get(name, 0) + characters_in(value)
+    def drop(self, name: str, value: Any, prefix: str = "") -> None:
+        """Count a value that does not pass; a name that could be a sentence is not said, but counted too."""
+        count = characters_in(value) + _characters_in_names(value)
+        if not is_name(name):
+            count, name = count + len(name), _NO_NAME
+        self.dropped[prefix + name] = self.dropped.get(prefix + name, 0) + count
+
+
+def is_name(name: str) -> bool:
+    """Whether this can be the name of a field, and no sentence."""
+    return _FIELD.fullmatch(name) is not None
+
+
+def _characters_in_names(value: Any) -> int:
+    """How many characters the names in a value have that could be sentences."""
+    if isinstance(value, list):
+        return sum(map(_characters_in_names, value))
+    if not isinstance(value, dict):
+        return 0
+    return sum(0 if is_name(name) else len(name) for name in value) + sum(map(_characters_in_names, value.values()))
 
 
 def _carries_text(value: Any) -> bool:
-    """Whether a value could tell text: strings do, and so do arrays, which may be token ids."""
+    """Whether a value could tell text: strings do, and so do arrays, which may be token ids, and long names."""
     if isinstance(value, dict):
-        return any(map(_carries_text, value.values()))
+        return any(not is_name(name) or _carries_text(inner) for name, inner in value.items())
     return isinstance(value, str | list)
 
 
-def without_text(
-    content: Mapping[str, Any], known: frozenset[str], trusted: frozenset[str], parts: Parts, prefix: str = ""
-) -> dict[str, Any]:
-    """The known fields, and the unknown ones that carry no text."""
+# --- known fields -------------------------------------------------------------------------------------------------
+
+Drop = Callable[[Any], None]
+Check = Callable[[Any, Drop], Any]
+"""Gives what passes of a field's value, `GONE` when that is nothing; calls the other for what does not pass."""
+
+
+class _Gone:
+    pass
+
+
+GONE: Final = _Gone()
+"""Stands for a value of which nothing passes."""
+
+
+def _passes(value: Any, drop: Drop, good: bool) -> Any:
+    if good:
+        return value
+    drop(value)
+    return GONE
+
+
+def _whole_number(value: Any, drop: Drop) -> Any:
+    """A place, counted from 0."""
+    return _passes(value, drop, value is None or is_place(value))
+
+
+def is_place(value: Any) -> TypeGuard[int]:
+    """Whether a value is a whole number from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(value: Any, drop: Drop) -> Any:
+    return _passes(value, drop, value is None or isinstance(value, int | float))
+
+
+def _numbers(value: Any, drop: Drop) -> Any:
+    """A number, or an object of such; what else is in it is left out."""
+    if not isinstance(value, dict):
+        return _number(value, drop)
     kept = {}
-    for name, value in content.items():
-        if name in known or name in trusted or not _carries_text(value):
-            kept[name] = value
-        elif name != "obfuscation":
-            parts.drop(prefix + name, value)
+    for name, inner in value.items():
+        if not is_name(name):
+            drop([name, inner])
+        elif (number := _numbers(inner, drop)) is not GONE:
+            kept[name] = number
     return kept
 
 
+def _word(value: Any, drop: Drop) -> Any:
+    """A word for programs, as ``chat.completion``; in lower case, because some upstreams shout."""
+    word = value.lower() if isinstance(value, str) else value
+    return _passes(word, drop, not word or (isinstance(word, str) and _WORD.fullmatch(word) is not None))
+
+
+def _identity(prefix: str) -> Check:
+    """An identity of the upstream's; another, always the same one, stands in for what could be a sentence."""
+
+    def check(value: Any, drop: Drop) -> Any:
+        if value is None or value == "" or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        if isinstance(value, str) and _IDENTITY.fullmatch(value):
+            return value
+        drop(value)
+        return prefix + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+    return check
+
+
+TOP_FIELDS: Final[Mapping[str, Check]] = {
+    "id": _identity("chatcmpl-"),
+    "object": _word,
+    "created": _number,
+    "model": _identity("model-"),
+    "system_fingerprint": _identity("fp_"),
+    "service_tier": _word,
+    "usage": _numbers,
+}
+CHOICE_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "finish_reason": _word}
+_CALL_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "id": _identity("call_"), "type": _word}
+
+
+def without_text(
+    content: Mapping[str, Any], known: Mapping[str, Check], trusted: frozenset[str], parts: Parts, prefix: str = ""
+) -> dict[str, Any]:
+    """The known fields as far as they are what they should be, and the unknown ones that carry no text."""
+    kept = {}
+    for name, value in content.items():
+        if name in trusted or (name not in known and is_name(name) and not _carries_text(value)):
+            kept[name] = value
+        elif name in known:
+            passed = known[name](value, partial(parts.drop, name, prefix=prefix))
+            if passed is not GONE:
+                kept[name] = passed
+        elif name != "obfuscation":
+            parts.drop(name, value, prefix)
+    return kept
+
+
+def finish_reason_of(choice: Mapping[str, Any], parts: Parts) -> str | None:
+    """Why a choice has ended, None when it has not; ``stop`` stands in for what could be a sentence."""
+    value = choice.get("finish_reason")
+    word = _word(value, partial(parts.drop, "finish_reason"))
+    if isinstance(word, str):
+        return word or None
+    return "stop" if isinstance(value, str) else None
+
+
+# --- texts --------------------------------------------------------------------------------------------------------
+
+
 def take_apart(delta: Mapping[str, Any], known: Known, parts: Parts) -> None:
-    """What of a delta (or message) passes, what is judged, and what is dropped."""
+    """What of a delta (or message) passes, what is judged, and what is dropped.
+
+    Raises:
+        UpstreamError: when a text has a shape that nobody knows.
+    """
     for name, value in delta.items():
-        if name in _TEXTS and (value is None or isinstance(value, str)):
-            if value:
-                parts.texts.append(Text((name,), _TEXTS[name], value))
-            else:
-                parts.plain[name] = value
-        elif name == "role" and (value is None or value in _ROLES):
+        if name in _TEXTS:
+            texts = [Text((of,), _TEXTS[of], text) for of, text in _texts_in(name, value) if text]
+            parts.texts += texts
+            if not texts:
+                parts.plain[name] = None if value is None else ""
+        elif name == "role" and (value is None or (isinstance(value, str) and value in _ROLES)):
             parts.plain[name] = value
         elif name == "tool_calls" and isinstance(value, list):
             calls = [_take_call(call, place, known, parts) for place, call in enumerate(value)]
             parts.plain[name] = [call for call in calls if call is not None]
         elif name == "function_call" and isinstance(value, dict):
             parts.plain[name] = _take_function(value, (name,), known, parts)
-        elif name in known.trusted or not _carries_text(value):
+        elif name in known.trusted or (is_name(name) and not _carries_text(value)):
             parts.plain[name] = value
         else:
             parts.drop(name, value)
+    joined: dict[Slot, Text] = {}
+    for text in parts.texts:
+        before = joined[text.slot].text if text.slot in joined else ""
+        joined[text.slot] = text._replace(text=before + text.text)
+    parts.texts = list(joined.values())
+
+
+def _texts_in(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The texts of a field, each with the field that it goes out as: a string, or an array of parts, as some have."""
+    if value is None or isinstance(value, str):
+        yield name, value or ""
+        return
+    for part in value if isinstance(value, list) else (value,):
+        match part:
+            case str(text) | {"type": "text" | "output_text", "text": str(text)} if isinstance(value, list):
+                yield name, text
+            case {"type": "refusal", "refusal": str(text)} if isinstance(value, list):
+                yield "refusal", text
+            case {"type": "thinking" | "reasoning", "thinking": str() | list() as thoughts} if isinstance(value, list):
+                for _, text in _texts_in("reasoning_content", thoughts):
+                    yield "reasoning_content", text
+            case _:
+                raise UpstreamError("the upstream sent a text in a shape that is not known")
 
 
 def _take_call(call: Any, place: int, known: Known, parts: Parts) -> dict[str, Any] | None:
@@ -114,7 +267,7 @@ def _take_call(call: Any, place: int, known: Known, parts: Parts) -> dict[str, A
         parts.drop("tool_calls", call)
         return None
     index = call.get("index")
-    number = index if isinstance(index, int) else place
+    number = index if is_place(index) else place
     inner = {name: call[name] for name in ("function", "custom") if isinstance(call.get(name), dict)}
     rest = {name: value for name, value in call.items() if name not in inner}
     kept = without_text(rest, _CALL_FIELDS, known.trusted, parts, "tool_calls.")
@@ -131,10 +284,10 @@ def _take_function(function: Mapping[str, Any], slot: Slot, known: Known, parts:
                 kept[name] = value
             else:
                 parts.texts.append(Text((*slot, name), Channel.TOOL_CALL, value))
-        elif not _carries_text(value) or not value:
+        elif is_name(name) and (not _carries_text(value) or not value):
             kept[name] = value
         else:
-            parts.drop(".".join(str(step) for step in (*slot, name)), value)
+            parts.drop(name, value, "".join(f"{step}." for step in slot))
     return kept
 
 

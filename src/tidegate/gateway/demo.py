@@ -191,7 +191,7 @@ def _head(kind: str) -> dict[str, Any]:
         "object": kind,
         "created": int(time.time()),
         "model": DEMO_MODEL,
-        "system_fingerprint": "tidegate-demo: written answers, no model",
+        "system_fingerprint": "tidegate-demo/written-answers/no-model",
     }
 
 

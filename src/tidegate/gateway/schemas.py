@@ -39,6 +39,7 @@ __all__ = [
     "mended",
     "read_chat",
     "read_json",
+    "undecided_field",
     "worst_decision",
 ]
 
@@ -483,11 +484,35 @@ def decision_field(
         "where": _where(path, span),
         "advice": [advice.value for advice in decision.advice],
         "message": policy.message_for(decision.rule) if decision.action.word in ("block", "redact") else None,
-        "coverage": [
-            {"path": part.path, "channel": part.channel.value, "state": part.state.value, "characters": part.characters}
-            for part in decision.coverage
-        ],
+        "coverage": _coverage_field(decision.coverage),
     }
+
+
+def undecided_field(policy: Policy, coverage: Sequence[Coverage]) -> dict[str, Any]:
+    """What stands in our field ``tidegate`` of a choice without any text: nothing was judged, and nothing is kept."""
+    return {
+        "id": None,
+        "action": "allow",
+        "rule": None,
+        "policy": policy.name,
+        "version": policy.version,
+        "severity": None,
+        "probabilities": None,
+        "categories": [],
+        "guard": "",
+        "failure": None,
+        "where": None,
+        "advice": [],
+        "message": None,
+        "coverage": _coverage_field(coverage),
+    }
+
+
+def _coverage_field(coverage: Sequence[Coverage]) -> list[dict[str, Any]]:
+    return [
+        {"path": part.path, "channel": part.channel.value, "state": part.state.value, "characters": part.characters}
+        for part in coverage
+    ]
 
 
 def _probabilities(decision: Decision) -> dict[str, float] | None:

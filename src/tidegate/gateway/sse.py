@@ -28,7 +28,7 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 def event(content: Any) -> bytes:
-    """One event whose data is this value as JSON. Raises ValueError for NaN and infinities, which JSON does not know."""
+    """One event whose data is this value as JSON. Raises ValueError for NaN and infinities."""
     return b"data: %b\n\n" % _encode(content).encode("utf-8", "replace")
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -202,8 +203,11 @@ def test_a_file_without_bad_lines_says_by_its_exit_code_whether_anything_was_fla
 
 
 @contextmanager
-def started(*arguments: str, stdin: int = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    *arguments: str, stdin: int = subprocess.PIPE, settings: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TIDEGATE_")}
+    environment |= settings or {}
     pipe = subprocess.PIPE
     with subprocess.Popen([*PROGRAM, *arguments], stdin=stdin, stdout=pipe, stderr=pipe, env=environment) as process:
         try:
@@ -325,6 +329,25 @@ def test_serve_with_demo_answers_people_and_programs_and_ends_on_a_signal(tmp_pa
         assert process.wait(timeout=60) == 130
 
 
+@pytest.mark.parametrize(("level", "logged"), [("info", True), ("error", False)])
+def test_the_log_level_governs_what_the_gateway_says_and_no_text_is_in_it(level: str, logged: bool) -> None:
+    arguments = ("serve", "--port", "0", "--database", "sqlite://", "--upstream", "http://127.0.0.1:9/v1")
+    settings = {"TIDEGATE_LOG_LEVEL": level}
+    with started(*arguments, stdin=subprocess.DEVNULL, settings=settings) as process:
+        url = address(process.stderr, "OpenAI API")
+        body = {"model": "m", "messages": [{"role": "user", "content": "canary7"}]}
+        request = urllib.request.Request(
+            f"{url}/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=30)
+        caught.value.close()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (b"exchange failed: UpstreamError" in errors) is logged
+    assert b"canary7" not in errors
+
+
 def test_the_demo_upstream_says_that_it_is_a_demo() -> None:
     with started("demo-upstream", "--port", "0", stdin=subprocess.DEVNULL) as process:
         url = address(process.stderr, "OpenAI API")
@@ -365,6 +388,8 @@ def test_eval_prints_a_table_and_writes_all_figures(guard: FakeStreamGuard, tmp_
     assert result.exit_code == 0
     assert "fake/1: 3 rows, 0 not judged" in result.stdout
     assert "1.000" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "…" not in result.stdout
     assert json.loads(out.read_text())["overall"]["strict"]["f1"] == 1.0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import copy
 import importlib
 import json
 import os
@@ -187,7 +188,13 @@ def _check_file(source: Path, out: Path, settings: Settings, concurrency: int) -
         async with _judging(settings) as (guard, policy):
             with _lines_bar(source) as moved:
                 return await check_file(
-                    source, out, guard=guard, policy=policy, concurrency=concurrency, progress=moved
+                    source,
+                    out,
+                    guard=guard,
+                    policy=policy,
+                    concurrency=concurrency,
+                    progress=moved,
+                    timeout_s=settings.guard_timeout,
                 )
 
     tally = asyncio.run(run())
@@ -453,6 +460,7 @@ def _application(settings: Settings, guard: StreamGuard, policy: Policy, store: 
         upstream="the demo upstream: written answers, no model" if demo else settings.upstream_url or "",
         keep=store.keep,
         suggestions=_suggestions(demo=demo),
+        guard_timeout_s=settings.guard_timeout,
     )
     return create_app(
         guard=guard,
@@ -547,9 +555,13 @@ def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str]) ->
 
 def _server_config(application: Starlette, shutdown_timeout: float, log_level: str) -> uvicorn.Config:
     import uvicorn
+    from uvicorn.config import LOGGING_CONFIG
 
+    logging = copy.deepcopy(LOGGING_CONFIG)
+    logging["loggers"]["tidegate"] = {"handlers": ["default"], "level": log_level.upper(), "propagate": False}
     return uvicorn.Config(
         application,
+        log_config=logging,
         log_level="warning" if log_level == "info" else log_level,
         access_log=log_level == "debug",
         timeout_graceful_shutdown=max(1, round(shutdown_timeout)),
@@ -595,16 +607,18 @@ async def _measured(guard: StreamGuard, figures: Awaitable[dict[str, Any]]) -> d
         await guard.close()
 
 
-_FIGURES: Final = (("F1", "f1"), ("precision", "precision"), ("recall", "recall"), ("FPR", "false_positive_rate"))
+_FIGURES: Final = (("F1", "f1"), ("precis.", "precision"), ("recall", "recall"), ("FPR", "false_positive_rate"))
 
 
 def _scores_table(figures: dict[str, Any]) -> Table:
-    """Strict beside loose, one row for each group; strict counts Controversial as unsafe, loose as safe."""
-    table = Table("", "rows", header_style="bold", box=None, pad_edge=False)
-    for name, _ in (*_FIGURES, ("AUROC", "")):
-        table.add_column(f"{name}", justify="right", max_width=9)
-    for name in ("loose F1", "loose FPR", "loose AUROC"):
-        table.add_column(name, justify="right", max_width=12)
+    """Strict beside loose, one row for each group; strict counts Controversial as unsafe, loose as safe.
+
+    It fits into 80 columns: all columns of figures keep their width, and a long name goes on in the next line.
+    """
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold", min_width=12)
+    for name in ("rows", *(name for name, _ in _FIGURES), "AUROC", "loose\nF1", "loose\nFPR", "loose\nAUROC"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_row("all", *_scores(figures["overall"]), style="bold")
     for kind, groups in figures["by"].items():
         table.add_section()

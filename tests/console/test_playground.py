@@ -251,3 +251,11 @@ def test_a_form_of_another_site_is_refused(client: TestClient) -> None:
 def test_asking_without_an_upstream_says_what_to_start() -> None:
     with pytest.raises(InputError, match="--upstream URL or --demo"):
         parse_ask(b'{"mode": "ask", "prompt": "x"}', policies=("balanced",), can_ask=False)
+
+
+async def test_a_guard_that_takes_too_long_is_given_up() -> None:
+    events = await events_of(ASK, says("fine"), guard=FakeStreamGuard(hanging="hello"), timeout_s=0.05)
+    assert only(events, "decision")[0]["decision"]["rule"] == "on_guard_error"
+    judged = Ask("", "well guardhang x", "open")
+    events = await events_of(judged, policy=OPEN, timeout_s=0.05)
+    assert only(events, "decision")[0]["decision"]["rule"] == "on_guard_error"

@@ -121,6 +121,14 @@ async def test_a_failing_guard_is_a_row_with_the_failure_and_the_run_goes_on(tmp
     assert tally.failures == 1
 
 
+async def test_a_guard_that_takes_too_long_is_a_row_with_the_failure(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(row("a", "guardhang"))
+    tally = await check_file(source, out, guard=FakeGuard(), policy=POLICY, timeout_s=0.05)
+    assert tally.failures == 1
+    assert json.loads(out.read_text())["failure"]["kind"] == "GuardTimeout"
+
+
 async def test_a_guard_that_is_gone_stops_the_run_and_the_next_run_goes_on_there(tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b"\n".join([row("a", "bread"), row("b", "guardfail"), row("c", "bread")]))
@@ -136,6 +144,8 @@ async def test_the_output_of_another_input_or_policy_is_not_continued(source: Pa
     await check_file(source, out, guard=FakeGuard(), policy=POLICY)
     with pytest.raises(InputError, match=r"out\.jsonl:1: it was decided by policy balanced"):
         await check_file(source, out, guard=FakeGuard(), policy=load_policy("strict"))
+    with pytest.raises(InputError, match=r"judged by guard fake.*, and this run has other/2"):
+        await check_file(source, out, guard=FakeGuard(name="other/2"), policy=POLICY)
     other = tmp_path / "other.jsonl"
     other.write_bytes(row("else", "bread"))
     with pytest.raises(InputError, match="not that of line 1"):

@@ -60,6 +60,7 @@ def create_console(
     upstream: str = "",
     keep: Keep | None = None,
     suggestions: Sequence[Suggestion] = (*PROMPTS, *TEXTS),
+    guard_timeout_s: float | None = None,
 ) -> list[BaseRoute]:
     """The console's routes, to stand beside others in one Starlette app; ``/`` leads to the playground.
 
@@ -70,6 +71,7 @@ def create_console(
         upstream: what the page calls the upstream, as its address; shown as text.
         keep: keeps the decisions; None keeps none.
         suggestions: examples that the page offers, in order.
+        guard_timeout_s: seconds that the guard may take for a text or a piece of one; None for as long as it wants.
     """
     policies = {policy.name: policy} | {name: load_policy(name) for name in PRESETS if name != policy.name}
     page = _page(guard.name, tuple(policies), upstream if answer else "", suggestions, answer is not None)
@@ -82,7 +84,9 @@ def create_console(
             ask = parse_ask(await _body(request), policies=tuple(policies), can_ask=answer is not None)
         except InputError as error:
             return _error(400, str(error))
-        events = play(ask, guard=guard, policy=policies[ask.policy], answer=answer, keep=keep)
+        events = play(
+            ask, guard=guard, policy=policies[ask.policy], answer=answer, keep=keep, timeout_s=guard_timeout_s
+        )
         return EventStream(events, headers=HEADERS)
 
     async def home(request: Request) -> Response:

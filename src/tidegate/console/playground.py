@@ -150,12 +150,18 @@ def _text(value: object, where: str, longest: int, *, may_be_empty: bool = False
 
 
 async def play(
-    ask: Ask, *, guard: StreamGuard, policy: Policy, answer: Answer | None, keep: Keep | None = None
+    ask: Ask,
+    *,
+    guard: StreamGuard,
+    policy: Policy,
+    answer: Answer | None,
+    keep: Keep | None = None,
+    timeout_s: float | None = None,
 ) -> AsyncGenerator[Event, None]:
     """Judge what was asked and what comes back; give the events of the module's text.
 
     The upstream starts while the prompt is judged. A prompt that is blocked ends an ask; a text to judge is judged
-    whatever its prompt is. Never raises a TidegateError: it becomes an ``error`` event.
+    whatever its prompt is. The guard may take ``timeout_s`` seconds for a text or a piece of one. Never raises a TidegateError: it becomes an ``error`` event.
     """
     timing = _Timing()
     arriving = _Arriving(_pieces(ask, answer), timing)
@@ -163,7 +169,10 @@ async def play(
         yield "start", {"guard": guard.name, "policy": policy.name, "policy_version": policy.version}
         stopped = False
         if ask.prompt.strip():
-            about = await moderate(Conversation.of(ask.prompt), guard=guard, policy=policy, scope=_SCOPE, keep=keep)
+            prompt = Conversation.of(ask.prompt)
+            about = await moderate(
+                prompt, guard=guard, policy=policy, scope=_SCOPE, keep=keep, timeout_s=timeout_s
+            )
             yield "prompt", _words_of(about, policy)
             stopped = ask.response is None and about.action >= Action.REDACT
             if stopped:
@@ -171,7 +180,9 @@ async def play(
         else:
             yield "prompt", {"verdict": None}
         if not stopped:
-            events = _answer_events(ask, arriving, timing, guard=guard, policy=policy, keep=keep)
+            events = _answer_events(
+                ask, arriving, timing, guard=guard, policy=policy, keep=keep, timeout_s=timeout_s
+            )
             async with contextlib.aclosing(events):
                 async for event in events:
                     yield event
@@ -186,7 +197,14 @@ _SCOPE: Final = Scope(route="/playground")
 
 
 async def _answer_events(
-    ask: Ask, arriving: _Arriving, timing: _Timing, *, guard: StreamGuard, policy: Policy, keep: Keep | None
+    ask: Ask,
+    arriving: _Arriving,
+    timing: _Timing,
+    *,
+    guard: StreamGuard,
+    policy: Policy,
+    keep: Keep | None,
+    timeout_s: float | None,
 ) -> AsyncGenerator[Event, None]:
     shown = _Shown()
 
@@ -196,7 +214,9 @@ async def _answer_events(
             yield piece
 
     context = Conversation.of(ask.prompt) if ask.prompt.strip() else None
-    steps = moderate_stream(pieces(), guard=guard, policy=policy, scope=_SCOPE, context=context, keep=keep)
+    steps = moderate_stream(
+        pieces(), guard=guard, policy=policy, scope=_SCOPE, context=context, keep=keep, timeout_s=timeout_s
+    )
     async with contextlib.aclosing(steps):
         async for step in steps:
             for event in _step_events(step, shown, timing, policy):

@@ -113,6 +113,7 @@ async def check_file(
     policy: Policy,
     concurrency: int = 32,
     progress: Callable[[int], None] | None = None,
+    timeout_s: float | None = None,
 ) -> Tally:
     """Judge the last turn of every row of ``source`` and append a row for each to ``out``.
 
@@ -124,6 +125,7 @@ async def check_file(
         policy: decides.
         concurrency: how many rows wait at once, at least 1.
         progress: called with the number of lines done with so far, those of earlier runs included.
+        timeout_s: seconds that the guard may take for one row, greater than 0; None for as long as it wants.
 
     Raises:
         InputError: when a file cannot be read or written, or ``out`` holds something else than the beginning of this.
@@ -133,7 +135,7 @@ async def check_file(
         raise InputError("expected a plain .jsonl file, and another than the input", where=str(out))
     try:
         with ExitStack() as files:
-            run = _Run(source, out, files, guard, policy, concurrency, progress or (lambda _: None))
+            run = _Run(source, out, files, guard, policy, concurrency, progress or (lambda _: None), timeout_s)
             return await run.go()
     except (OSError, EOFError, gzip.BadGzipFile) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -150,11 +152,13 @@ class _Run:
         policy: Policy,
         concurrency: int,
         progress: Callable[[int], None],
+        timeout_s: float | None,
     ) -> None:
         self._guard = guard
         self._policy = policy
         self._concurrency = max(1, concurrency)
         self._progress = progress
+        self._timeout_s = timeout_s
         self._tally = Tally()
         self._waiting: deque[tuple[int, str | int, asyncio.Task[Decision]]] = deque()
         self._lines = files.enter_context(_open(source))
@@ -193,7 +197,7 @@ class _Run:
             return
         if len(self._waiting) >= self._concurrency:
             await self._write_oldest()
-        judging = moderate(conversation, guard=self._guard, policy=self._policy)
+        judging = moderate(conversation, guard=self._guard, policy=self._policy, timeout_s=self._timeout_s)
         self._waiting.append((number, identity, asyncio.create_task(judging)))
 
     def _skip(self, number: int, identity: str | int, place: str, row: dict[str, Any]) -> None:
@@ -206,6 +210,12 @@ class _Run:
             raise InputError(
                 f"it was decided by policy {decision['policy']} {decision['version']}, and this run has "
                 f"{self._policy.name} {self._policy.version}: give another output",
+                where=place,
+            )
+        guard = (row["verdict"] or row.get("failure") or {}).get("guard")
+        if guard and guard != self._guard.name:
+            raise InputError(
+                f"it was judged by guard {guard}, and this run has {self._guard.name}: give another output",
                 where=place,
             )
         self._tally.resumed += 1
@@ -303,7 +313,8 @@ def _rows(path: Path, size: int) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 row = json.loads(line)
                 _ = row["id"], row["verdict"], row["decision"]["version"], Action.parse(row["decision"]["action"])
-            except (ValueError, TypeError, KeyError):
+                _ = (row["verdict"] or {}).get("guard"), (row.get("failure") or {}).get("guard")
+            except (ValueError, TypeError, KeyError, AttributeError):
                 raise InputError("not a row that tidegate check wrote: give another output", where=place) from None
             yield place, row
 

@@ -119,7 +119,7 @@ class Chat:
         try:
             return await surely(self._keep(decision, conversation, retention=self.policy.retention))
         except Exception as error:  # whatever keeps a decision from being kept must not pass for success
-            _log.error("a decision could not be kept", extra={"kind": type(error).__name__})
+            _log.error("a decision could not be kept: %s", type(error).__name__)
             raise StoreError("a decision could not be kept") from error
 
 
@@ -151,7 +151,7 @@ class _Exchange:
                 task.cancel()
             await asyncio.wait({work, gone})
             if not work.cancelled() and work.exception() is not None and not isinstance(work.exception(), _Stalled):
-                _log.debug("exchange ended early", extra={"reason": type(work.exception()).__name__})
+                _log.debug("exchange ended early: %s", type(work.exception()).__name__)
 
     async def _run(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         body = json.dumps(self._chat.body, ensure_ascii=False, separators=(",", ":")).encode()
@@ -298,7 +298,7 @@ class _Exchange:
         if isinstance(error, UpstreamError):
             kind = {None: "malformed", 502: "broken", 504: "timeout"}.get(error.status, "broken")
             self._door.telemetry.upstream_errors.labels(kind).inc()
-        _log.warning("exchange failed", extra={"kind": type(error).__name__})
+        _log.warning("exchange failed: %s", type(error).__name__)
 
 
 async def _advance(stream: AnswerStream, answer: UpstreamAnswer) -> Any:

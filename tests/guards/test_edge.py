@@ -27,7 +27,7 @@ from tidegate.guards.edge import EdgeGuard, EdgeSession
 from tidegate.guards.edge_config import Row, Thresholds
 from tidegate.guards.edge_engine import Engine, Logits
 from tidegate.guards.edge_engine import Sequence as CachedSequence
-from tidegate.model.tokens import CONTROL_TOKENS
+from tidegate.model.tokens import CONTROL_TOKENS, IncrementalTokens
 from tidegate.types import (
     PROMPT_CATEGORIES,
     RESPONSE_CATEGORIES,
@@ -263,6 +263,52 @@ async def test_of_a_long_context_head_and_tail_are_kept(guard: EdgeGuard) -> Non
     header = await guard._template.header([Turn(Role.USER, text)])
     half = limit // 2
     assert list(header) == [control["<|user|>"], *ids[:half], control["<|more|>"], *ids[-half:], control["<|end|>"]]
+
+
+LONG_PARTS = (
+    "word ",
+    "wörter ",
+    "aaaaaaaa",
+    "  \n\n",
+    "日本語のテキスト",
+    "x",
+    "12345678",
+    "!!!!! ",
+    "\u200b",
+    "\ud83d",
+    "\ude00",
+    "ab" * 40,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(parts=st.lists(st.tuples(st.sampled_from(LONG_PARTS), st.integers(1, 900)), max_size=12))
+@example(parts=[("\u200b", 20_000), ("word ", 3)])
+@example(parts=[("word ", 2000), ("日本語のテキスト", 900)])
+@example(parts=[("word ", 2000), ("ab" * 40, 200), ("\ud83d", 1)])
+@example(parts=[("日本語のテキスト", 2000), ("aaaaaaaa", 900), ("word ", 900)])
+def test_the_header_of_any_long_context_equals_that_of_all_its_tokens(
+    shared: EdgeGuard, parts: list[tuple[str, int]]
+) -> None:
+    """Though only its ends are tokenized where that is possible."""
+    text = "".join(part * count for part, count in parts)
+    control, limit = shared.tokenizer.control, shared.config.context
+    ids = [token.id for token in shared.tokenizer.encode(text)]
+    half = limit // 2
+    if len(ids) > limit:
+        ids = [*ids[:half], control["<|more|>"], *ids[len(ids) - (limit - half) :]]
+
+    header = asyncio.run(shared._template.header([Turn(Role.USER, text)]))
+
+    assert list(header) == ([control["<|user|>"], *ids, control["<|end|>"]] if text else [])
+
+
+async def test_the_middle_of_a_long_context_is_not_tokenized(guard: EdgeGuard, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[str] = []
+    feed = IncrementalTokens.feed
+    monkeypatch.setattr(IncrementalTokens, "feed", lambda self, text: fed.append(text) or feed(self, text))
+    await guard._template.header([Turn(Role.USER, "all the words of a very long text " * 20_000)])
+    assert sum(map(len, fed)) <= 2 * edge._SLICE
 
 
 async def test_reasoning_and_tool_calls_of_the_last_turn_are_judged_and_the_worst_wins(guard: EdgeGuard) -> None:

@@ -7,12 +7,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from edge_folder import LINES, tiny_tokenizer
-from tidegate.model.tokens import CONTROL_TOKENS, Folder, TextTokenizer, Token
+from tidegate.model.tokens import _FOLD, CONTROL_TOKENS, Folder, TextTokenizer, Token, _characters
 
 TOKENIZER = TextTokenizer(tiny_tokenizer())
 AWKWARD = (
@@ -179,3 +179,68 @@ def test_a_tokenizer_file_is_read_back_as_it_was_written(tmp_path: Path) -> None
     path.write_text(tiny_tokenizer().to_str(), encoding="utf-8")
     assert TextTokenizer.load(path).encode("hello 今天") == TOKENIZER.encode("hello 今天")
     assert isinstance(tiny_tokenizer(), Tokenizer)
+
+
+class PlainFolder:
+    """Folding as it is meant, one character after the other: what the faster ways must equal."""
+
+    def __init__(self) -> None:
+        self.last, self.repeats, self.consumed = "", 0, 0
+
+    def fold(self, text: str) -> tuple[str, list[int]]:
+        folded: list[str] = []
+        ends: list[int] = []
+        for character, end in _characters(text, self.consumed):
+            expansion = _FOLD[character]
+            for position, plain in enumerate(expansion, start=1):
+                if not self.last:
+                    if plain in " \n":
+                        continue
+                    folded.append(" ")
+                    ends.append(end - 1)
+                elif self.drops(plain):
+                    continue
+                self.repeats = self.repeats + 1 if plain == self.last else 1
+                self.last = plain
+                folded.append(plain)
+                ends.append(end if position == len(expansion) else end - 1)
+        self.consumed += len(text)
+        return "".join(folded), ends
+
+    def drops(self, plain: str) -> bool:
+        if plain in " \n":
+            return self.last in " \n"
+        return plain == self.last and self.repeats >= 3 and not plain.isdigit()
+
+
+RUNS = st.tuples(
+    st.sampled_from([*(chr(code) for code in range(128)), "ab ", "Aa", "1", " \n", "é", "ﬃ", "①", "\u200b", "\u2003"]),
+    st.integers(1, 40),
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    texts=st.lists(
+        st.one_of(
+            st.text(max_size=80),
+            st.text(alphabet=st.characters(max_codepoint=127), max_size=120),
+            st.text(alphabet="aAb1 \n\t\r.", max_size=120),
+            st.lists(RUNS, max_size=8).map(lambda runs: "".join(text * count for text, count in runs)),
+            st.text(alphabet=["\ud83d", "\ude00", "a", " "], max_size=60),
+        ),
+        max_size=5,
+    )
+)
+@example(texts=["a" * 30, "a" * 30, "A" * 30 + " " * 30, "\n" * 30 + "1" * 30, "1" * 30])
+@example(texts=[" " * 40, "\n" * 40, "x" * 40])
+@example(texts=["aa", "a" * 24 + "b" * 24, "b" * 24])
+def test_the_fast_way_of_folding_equals_the_plain_one(texts: list[str]) -> None:
+    """For any text in any pieces: the same characters, the same ends, and the same memory of what came."""
+    folder, plain = Folder(), PlainFolder()
+
+    for text in texts:
+        assert folder.fold(text) == plain.fold(text)
+
+    assert folder.consumed == plain.consumed
+    assert folder.fold("a" * 5 + " z") == plain.fold("a" * 5 + " z")

@@ -161,7 +161,8 @@ async def play(
     """Judge what was asked and what comes back; give the events of the module's text.
 
     The upstream starts while the prompt is judged. A prompt that is blocked ends an ask; a text to judge is judged
-    whatever its prompt is. The guard may take ``timeout_s`` seconds for a text or a piece of one. Never raises a TidegateError: it becomes an ``error`` event.
+    whatever its prompt is. The guard may take ``timeout_s`` seconds for a text or a piece of one; None for as long as
+    it wants. Never raises a TidegateError: it becomes an ``error`` event.
     """
     timing = _Timing()
     arriving = _Arriving(_pieces(ask, answer), timing)
@@ -170,9 +171,7 @@ async def play(
         stopped = False
         if ask.prompt.strip():
             prompt = Conversation.of(ask.prompt)
-            about = await moderate(
-                prompt, guard=guard, policy=policy, scope=_SCOPE, keep=keep, timeout_s=timeout_s
-            )
+            about = await moderate(prompt, guard=guard, policy=policy, scope=_SCOPE, keep=keep, timeout_s=timeout_s)
             yield "prompt", _words_of(about, policy)
             stopped = ask.response is None and about.action >= Action.REDACT
             if stopped:
@@ -180,9 +179,7 @@ async def play(
         else:
             yield "prompt", {"verdict": None}
         if not stopped:
-            events = _answer_events(
-                ask, arriving, timing, guard=guard, policy=policy, keep=keep, timeout_s=timeout_s
-            )
+            events = _answer_events(ask, arriving, timing, guard=guard, policy=policy, keep=keep, timeout_s=timeout_s)
             async with contextlib.aclosing(events):
                 async for event in events:
                     yield event

@@ -79,12 +79,37 @@ class _Template:
         content = next((turn.content for turn in reversed(before) if turn.role is Role.USER), "")
         if not content:
             return ()
-        ids = [token.id for token in await self.tokens(content)]
         limit = self._config.context
+        head = limit // 2
+        ids = await self._ends(content, head, limit - head)
         if len(ids) > limit:
-            head = limit // 2
             ids = [*ids[:head], self._control["<|more|>"], *ids[len(ids) - (limit - head) :]]
         return (self._control["<|user|>"], *ids, self.end)
+
+    async def _ends(self, text: str, first: int, last: int) -> list[int]:
+        """The ids of a text; of a long one its middle may be left out, with more than ``first + last`` remaining."""
+        stream = self._tokenizer.incremental()
+        tokens: list[Token] = []
+        done = 0
+        while done < len(text):
+            tokens += await _feed(stream, text[done : done + _SLICE])
+            done += _SLICE
+            if done < len(text) and len(tokens) >= first:
+                ids = await self._last_ids(text, done, last)
+                if ids is not None:
+                    return [*(token.id for token in tokens), *ids]
+                return [token.id for token in [*tokens, *await _feed(stream, text[done:]), *stream.finish()]]
+        return [token.id for token in [*tokens, *stream.finish()]]
+
+    async def _last_ids(self, text: str, done: int, count: int) -> list[int] | None:
+        """The ids of the end of a text, found without the middle; None when that cannot be."""
+        width = _SLICE
+        while len(text) - width > done:
+            ids = await asyncio.to_thread(self._tokenizer.last_ids, text, len(text) - width, count + 1)
+            if ids is not None:
+                return ids
+            width *= 4
+        return None
 
     def opening(self, header: tuple[int, ...], *, later: bool) -> list[int]:
         more = [self._control["<|more|>"]] if later else []

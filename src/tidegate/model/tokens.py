@@ -16,10 +16,11 @@ produce: content is data.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -86,6 +87,14 @@ class _FoldTable(dict[str, str]):
 
 
 _FOLD = _FoldTable()
+_PLAIN_RUN = re.compile(r"[\t-\r\x1c-\x1f -~]{24,}")
+"""ASCII without the characters that folding leaves out, long enough to be worth a way of its own."""
+_ASCII = {code: _fold_character(chr(code)) for code in range(128)}
+_LONG_RUN = re.compile(r"[ \n]{2,}|([^ \n0-9])\1{3,}")
+"""What folding shortens: to one character of white space, or to three of anything else but digits."""
+_TWO_LETTERS = re.compile(r"([a-z])(?!\1)([a-z])", re.ASCII | re.IGNORECASE)
+"""Behind them it is known what folding remembers, whatever stood before."""
+_WHITE_SPACE = re.compile(r"\s")
 
 
 class Folder:
@@ -108,6 +117,16 @@ class Folder:
         """
         folded: list[str] = []
         ends: list[int] = []
+        done = 0
+        for plain in _PLAIN_RUN.finditer(text):
+            self._fold_any(text[done : plain.start()], folded, ends)
+            self._fold_ascii(plain.group(), folded, ends)
+            done = plain.end()
+        self._fold_any(text[done:] if done else text, folded, ends)
+        return "".join(folded), ends
+
+    def _fold_any(self, text: str, folded: list[str], ends: list[int]) -> None:
+        """Fold any text, character by character."""
         for character, end in _characters(text, self.consumed):
             expansion = _FOLD[character]
             for position, plain in enumerate(expansion, start=1):
@@ -124,7 +143,46 @@ class Folder:
                 folded.append(plain)
                 ends.append(covered)
         self.consumed += len(text)
-        return "".join(folded), ends
+
+    def _fold_ascii(self, text: str, folded: list[str], ends: list[int]) -> None:
+        """The same, in runs, for text of `_PLAIN_RUN`: each of its characters becomes one, none is invisible."""
+        base, plain = self.consumed, text.translate(_ASCII)
+        self.consumed += len(text)
+        at = len(plain) - len(plain.lstrip(" \n")) if self._last in " \n" else 0
+        if at == len(plain):
+            return
+        if not self._last:
+            folded.append(_SPACE)
+            ends.append(base + at)
+        elif plain[at] == self._last:
+            at = len(plain) - len(plain.lstrip(self._last))
+            kept = at if self._last.isdigit() else min(at, max(0, _MAX_REPEATS - self._repeats))
+            folded.append(plain[:kept])
+            ends.extend(range(base + 1, base + kept + 1))
+            self._repeats += kept
+            if at == len(plain):
+                return
+        parts: list[str] = []
+        for run in _LONG_RUN.finditer(plain, at):
+            stop = run.start() + (1 if run[0][0] in " \n" else _MAX_REPEATS)
+            parts.append(plain[at:stop])
+            ends.extend(range(base + at + 1, base + stop + 1))
+            at = run.end()
+        parts.append(plain[at:])
+        ends.extend(range(base + at + 1, base + len(plain) + 1))
+        rest = "".join(parts)
+        self._last = rest[-1]
+        self._repeats = len(rest) - len(rest.rstrip(self._last))
+        folded.append(rest)
+
+    def resume_after(self, character: str, consumed: int) -> None:
+        """Begin in the middle of a text, behind one letter that stands there once.
+
+        Args:
+            character: the letter as it was folded.
+            consumed: how many characters of the text are behind.
+        """
+        self._last, self._repeats, self.consumed = character, 1, consumed
 
     def _dropped(self, plain: str) -> bool:
         if plain in " \n":
@@ -148,6 +206,7 @@ class TextTokenizer:
             raise ValueError("the tokenizer has added tokens: text could spell control tokens")
         self._tokenizer = tokenizer
         self._pieces = tokenizer.pre_tokenizer
+        self._cuts_at_spaces = _is_ours(definition)
         self.vocab_size: int = tokenizer.get_vocab_size()
         ids = {name: tokenizer.token_to_id(name) for name in CONTROL_TOKENS}
         self.control: dict[str, int] = {name: token_id for name, token_id in ids.items() if token_id is not None}
@@ -170,6 +229,26 @@ class TextTokenizer:
     def incremental(self) -> IncrementalTokens:
         """A tokenizer of one text that arrives in pieces."""
         return IncrementalTokens(self)
+
+    def last_ids(self, text: str, start: int, count: int) -> list[int] | None:
+        """The last ``count`` ids of the whole text, found from about ``start`` characters on.
+
+        None when they cannot be told from there, or when there is not one token more than that behind ``start``.
+        """
+        if not self._cuts_at_spaces:
+            return None
+        letters = _TWO_LETTERS.search(text, start)
+        if letters is None:
+            return None
+        begin = letters.end()
+        folder = Folder()
+        folder.resume_after(letters[2].lower(), begin)
+        folded = folder.fold(text[begin:])[0]
+        space = _WHITE_SPACE.search(folded)
+        if space is None:
+            return None
+        ids: list[int] = self._tokenizer.encode(folded[space.start() :], add_special_tokens=False).ids
+        return ids[-count:] if len(ids) > count else None
 
     def boundary(self, folded: str) -> int:
         """Up to which index the pieces of this folded text are final, when more text may follow."""
@@ -252,6 +331,20 @@ class IncrementalTokens:
         self._folded, self._ends = self._folded[cut:], self._ends[cut:]
         self._covered = tokens[-1].end
         return tokens
+
+
+def _is_ours(definition: Mapping[str, Any]) -> bool:
+    """Whether text is cut by our own pattern, in which white space always begins a piece."""
+    match definition.get("pre_tokenizer"):
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return bool(pattern == SPLIT_PATTERN)
+    return False
 
 
 def _is_high_surrogate(character: str) -> bool:

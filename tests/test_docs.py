@@ -129,6 +129,8 @@ def test_every_setting_is_documented_with_its_default() -> None:
         match field.default:
             case None:
                 assert default == "none"
+            case bool(chosen):
+                assert default == f"`{str(chosen).lower()}`"
             case float(seconds):
                 assert default == f"{seconds:g} s"
             case value:

@@ -23,9 +23,11 @@ def test_without_any_variable_the_defaults_hold() -> None:
 
 def test_the_environment_is_read_with_its_prefix_and_other_variables_are_left_alone() -> None:
     settings = read_settings({"TIDEGATE_PORT": "9000", "PORT": "1", "TIDEGATE_GUARD_TIMEOUT": "1.5", "HOME": "/"})
+    tenants = read_settings({"TIDEGATE_JUDGE_SYSTEM": "true"})
 
     assert settings.port == 9000
     assert settings.guard_timeout == 1.5
+    assert (settings.judge_system, tenants.judge_system) == (False, True)
 
 
 def test_a_keyword_goes_before_the_environment_and_none_means_not_given() -> None:

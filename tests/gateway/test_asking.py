@@ -62,6 +62,12 @@ async def test_the_answer_comes_as_text_from_the_first_model_listed(serve: Calla
     }
 
 
+async def test_an_answer_in_parts_comes_as_its_text(serve: Callable[[FakeUpstream], str]) -> None:
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "so "}, {"type": "text", "text": "fine"}]
+    upstream = FakeUpstream(replies(Reply.stream(chunk({"content": parts}), chunk(finish_reason="stop"))))
+    assert "".join([text async for text in asked(serve(upstream))]) == "so fine"
+
+
 @pytest.mark.parametrize(
     ("reply", "words"),
     [

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from tidegate.errors import UpstreamError
+from tidegate.gateway.deltas import Known, Parts, take_apart
 from tidegate.gateway.sse import EventReader
 from tidegate.gateway.upstream import Upstream, UpstreamAnswer
 
@@ -89,7 +90,10 @@ def _parsed(data: bytes) -> Any:
 
 def _text(event: Any) -> str:
     match event:
-        case {"choices": [{"delta": {"content": str(text)}}, *_]}:
+        case {"choices": [{"delta": {"content": content}}, *_]}:
+            parts = Parts()
+            take_apart({"content": content}, Known(frozenset(), frozenset()), parts)
+            text = "".join(part.text for part in parts.texts if part.slot == ("content",))
             return text.encode("utf-8", "replace").decode()
         case {"error": error} if error:
             raise UpstreamError("the upstream reported an error in the middle of its answer")

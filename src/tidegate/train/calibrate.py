@@ -3,7 +3,7 @@
 Temperature and a bias per class are fitted for prompts and for responses, every lane (target and language group)
 weighing the same. The thresholds for whole texts are those with the best F1 on the same weights: for *flagged* against
 Controversial + Unsafe, for *unsafe* against Unsafe. The threshold for tokens of a stream is the lowest one that cuts at
-most a stated share of safe dev streams.
+most a stated share of safe dev streams; a flagged token is Unsafe when that is the more likely half of what it says.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ async def calibrate(
         folder: an exported edge guard.
         dev: labelled dev examples of both targets.
         false_cuts: share of safe dev streams that may be cut, in [0, 1].
-        streams: how many dev streams are composed.
+        streams: how many dev streams are composed, of examples that are not synthetic where there are any.
         seed: of the composition.
         progress: told after every row.
 
@@ -110,12 +110,12 @@ async def calibrate(
     _update(folder, settings)
     guard = EdgeGuard(folder)
     try:
-        traces = await trace_all(guard, compose(dev, count=streams, seed=seed), progress)
+        real = [example for example in dev if lane_of(example) != "synthetic"]
+        traces = await trace_all(guard, compose(real or dev, count=streams, seed=seed), progress)
     finally:
         await guard.close()
     at = choose_threshold(traces, false_cuts=false_cuts)
-    ratio = settings["thresholds"]["response"]["unsafe"] / settings["thresholds"]["response"]["flagged"]
-    settings["thresholds"]["token"] = {"flagged": round(at, 4), "unsafe": round(min(0.99, at * ratio), 4)}
+    settings["thresholds"]["token"] = {"flagged": round(at, 4), "unsafe": 0.5}
     _update(folder, settings)
     figures["streams"] = [measure(traces, threshold).as_dict() for threshold in sorted({0.3, 0.5, 0.7, 0.9, at})]
     figures["settings"] = settings

@@ -117,7 +117,7 @@ def test_the_upstream_follows_its_script() -> None:
     with serving(upstream) as url, httpx.Client() as client:
         assert client.post(url, json={"a": 1}).json() == completion("Hello there.")
         assert upstream.received[0].body == {"a": 1}
-        assert upstream.received[0].finished
+        wait_until(lambda: upstream.received[0].finished)
 
         upstream.reply = Reply.stream(*text_chunks(["x"]))
         assert client.post(url).text.count("data: ") == 4

@@ -14,6 +14,7 @@ import copy
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from tidegate.types import Action, Conversation, Decision
 
 if TYPE_CHECKING:
     from socket import socket as Socket  # noqa: N812 - reads as a type
+    from types import FrameType
 
     import uvicorn
     from rich.progress import Progress
@@ -547,8 +549,16 @@ def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str]) ->
             for line in words if self.started else ():
                 _say(line)
 
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.interrupted = sig == signal.SIGINT
+            super().handle_exit(sig, frame)
+
+        interrupted = False
+
     server = Server(config)
     server.run([socket])
+    if server.interrupted:  # uvicorn raises the signal again, but it may arrive when nobody waits for it any more
+        raise KeyboardInterrupt
     if not server.started:
         raise TidegateError("the server could not start; its messages are above")
 

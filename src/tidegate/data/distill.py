@@ -34,7 +34,7 @@ def cross_fitted(
         The probabilities by `mix.teacher_key`.
 
     Raises:
-        ValueError: when a target has fewer than two severities in one of its halves.
+        ValueError: when the examples of a target cannot be split so that both halves have two severities.
     """
     found: dict[str, tuple[float, float, float]] = {}
     for target in Target:
@@ -43,7 +43,7 @@ def cross_fitted(
             continue
         labels = np.asarray([int(e.severity or 0) for e in rows])
         counts = count_ngrams([e.conversation.turns[-1].content for e in rows])
-        half = np.asarray([_half(e) for e in rows])
+        half = _halves(rows, labels)
         for place in (0, 1):
             rest, own = np.flatnonzero(half != place), np.flatnonzero(half == place)
             teacher = TfIdfClassifier(counts.rows(rest), labels[rest], ClassifierSettings(epochs=epochs))
@@ -54,6 +54,19 @@ def cross_fitted(
     return found
 
 
+def _halves(rows: Sequence[Example], labels: np.ndarray) -> np.ndarray:
+    """0 or 1 for each example: by its opening message, or by its id when that leaves a half with nothing to tell."""
+    for half_of in (_half, _half_by_id):
+        halves = np.asarray([half_of(example) for example in rows])
+        if all(len(set(labels[halves == place].tolist())) > 1 for place in (0, 1)):
+            return halves
+    raise ValueError(f"too few {rows[0].target.value} examples for a teacher: each half needs two severities")
+
+
 def _half(example: Example) -> int:
     opening = example.conversation.turns[0].content
     return zlib.crc32(opening.encode("utf-8", "replace")) % 2
+
+
+def _half_by_id(example: Example) -> int:
+    return zlib.crc32(example.id.encode("utf-8", "replace")) % 2

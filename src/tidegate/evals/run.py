@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tidegate.data.examples import read_examples
+from tidegate.data.mix import language_group
 from tidegate.errors import GuardError, InputError
 from tidegate.evals.metrics import Scores, expected_calibration_error, score
 from tidegate.guards.base import Guard
@@ -36,12 +37,6 @@ class Judged:
     verdict: Verdict | None
     failure: str = ""
     benchmark: str = ""
-
-
-def language_group(language: str) -> str:
-    """``en``, ``zh`` or ``other``: the groups of the report."""
-    head = language.split("-")[0]
-    return head if head in ("en", "zh") else "other"
 
 
 async def evaluate(

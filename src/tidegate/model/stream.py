@@ -11,23 +11,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model, Qwen3PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from tidegate.model.checkpoints import SHORT_NAMES
 from tidegate.types import PROMPT_CATEGORIES, RESPONSE_CATEGORIES, Severity
 
 __all__ = ["Qwen3ForGuardModel", "StreamLogits", "label_maps", "stream_config"]
 
-_SHORT_NAMES = {
-    "Sexual Content or Sexual Acts": "Sexual Content",
-    "Suicide & Self-Harm": "Self-Harm",
-    "Politically Sensitive Topics": "Political",
-    "Copyright Violation": "Copyright",
-    "Non-violent Illegal Acts": "Illegal Acts",
-    "Unethical Acts": "Unethical",
-}
 OFFICIAL_RISK_ORDER = (Severity.SAFE, Severity.UNSAFE, Severity.CONTROVERSIAL)
 """The id order of the released risk heads, which is not the order of severity."""
 
@@ -44,8 +36,8 @@ class StreamLogits(NamedTuple):
 def label_maps() -> dict[str, dict[str, str]]:
     """The four label maps of the official config: id (as a string, as in JSON) to short name."""
     risk = {str(i): severity.label for i, severity in enumerate(OFFICIAL_RISK_ORDER)}
-    response = {str(i): _SHORT_NAMES.get(name, name) for i, name in enumerate(RESPONSE_CATEGORIES)}
-    query = {str(i): _SHORT_NAMES.get(name, name) for i, name in enumerate(PROMPT_CATEGORIES)}
+    response = {str(i): SHORT_NAMES.get(name, name) for i, name in enumerate(RESPONSE_CATEGORIES)}
+    query = {str(i): SHORT_NAMES.get(name, name) for i, name in enumerate(PROMPT_CATEGORIES)}
     return {
         "response_risk_level_map": dict(risk),
         "query_risk_level_map": dict(risk),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model, Qwen3PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 
 import pytest
 
 from tidegate.data.examples import write_examples
 from tidegate.errors import InputError
-from tidegate.evals.run import evaluate, judge_all, language_group, report, write_report
+from tidegate.evals.run import evaluate, judge_all, language_group, report
 from tidegate.testing import FakeGuard
 from tidegate.types import Conversation, Example, Severity
 
@@ -97,11 +95,3 @@ async def test_files_without_any_label_are_an_input_error_that_names_them(tmp_pa
 )
 def test_languages_fall_into_three_groups(tag: str, group: str) -> None:
     assert language_group(tag) == group
-
-
-def test_a_report_is_written_as_json_gzipped_by_its_name(tmp_path: Path) -> None:
-    figures = {"guard": "fake/1", "words": "größer"}
-    write_report(figures, tmp_path / "plain.json")
-    write_report(figures, tmp_path / "packed.json.gz")
-    assert json.loads((tmp_path / "plain.json").read_text(encoding="utf-8")) == figures
-    assert json.loads(gzip.decompress((tmp_path / "packed.json.gz").read_bytes())) == figures

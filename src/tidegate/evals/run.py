@@ -7,8 +7,6 @@ enter the scores as not flagged. AUROC is of the probability of not being safe (
 from __future__ import annotations
 
 import asyncio
-import gzip
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,12 +146,3 @@ def _severity(row: Judged) -> Severity:
 
 def _length(example: Example) -> int:
     return len(example.conversation.turns[-1].content)
-
-
-def write_report(figures: Mapping[str, Any], path: Path) -> None:
-    """Write a report as JSON, gzipped when the name ends in ``.gz``."""
-    text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode(), mtime=0))
-    else:
-        path.write_text(text, encoding="utf-8")

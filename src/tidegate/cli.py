@@ -655,6 +655,7 @@ def train_edge(
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with the run in the folder.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first: a minute, then faster.")] = False,
 ) -> None:
     """Train the edge guard. It may be interrupted; the same command goes on."""
     train = _from_extra("train", "tidegate.train.edge", "train")
@@ -665,7 +666,16 @@ def train_edge(
         def moved(done: int, total: int, line: str) -> None:
             progress.update(task, completed=done, total=total, line=line)
 
-        figures = train(recipe, run, data=data, progress=moved, resume=resume, threads=threads, device=device)
+        figures = train(
+            recipe,
+            run,
+            data=data,
+            progress=moved,
+            resume=resume,
+            threads=threads,
+            compiled=compiled,
+            device=device,
+        )
     _say(f"trained: {run}")
     _print_json(figures)
 

@@ -82,3 +82,9 @@ def test_a_typo_loses_or_swaps_letters_inside_a_word(seed: int) -> None:
         assert 0 <= len(before) - len(after) <= 1
         assert after[0] == before[0]
         assert not set(after) - set(before)
+
+
+@given(SEEDS)
+def test_lines_are_broken_at_blanks_and_nowhere_else(seed: int) -> None:
+    changed = NAMES["broken_lines"](SENTENCE, np.random.default_rng(seed))
+    assert changed.replace("\n", " ") == SENTENCE

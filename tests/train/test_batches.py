@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edge_folder import tiny_tokenizer
 from tidegate.data.mix import Drawn, Mix, MixPlan
-from tidegate.model.tokens import TextTokenizer
+from tidegate.model.tokens import CONTROL_TOKENS, TextTokenizer
 from tidegate.train.args import LossPart, TemplatePart
 from tidegate.train.batches import RISK_ID, Packed, encode, pack, packed_batches, to_batch
 from tidegate.types import PROMPT_CATEGORIES, RESPONSE_CATEGORIES, Conversation, Example, Role, Severity, Target
@@ -231,3 +231,16 @@ def test_no_drawn_text_is_lost_between_pools() -> None:
     again = mix()
     rows = sum(len(pack([coded(again.draw()) for _ in range(25)], TEMPLATE.window)) for _ in range(texts // 25))
     assert abs(rows - 7 * 20) <= 14
+
+
+def test_a_share_of_the_tokens_of_text_is_hidden_and_no_control_token() -> None:
+    def ids(share: float) -> np.ndarray:
+        batches = packed_batches(mix(), TOKENS, TEMPLATE, LOSS, rows=4, seed=2, drop_tokens=share, pool=40)
+        return next(batches).ids
+
+    seen, thinned = ids(0.0), ids(0.25)
+    text = seen >= len(CONTROL_TOKENS)
+    assert (thinned[~text] == seen[~text]).all()
+    hidden = thinned[text] != seen[text]
+    assert set(thinned[text][hidden].tolist()) == {TOKENS.control["<|pad|>"]}
+    assert 0.15 < hidden.mean() < 0.35

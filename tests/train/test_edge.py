@@ -43,6 +43,7 @@ embeddings: {bag_size: 8, bag_texts: 512, bag_epochs: 8}
 template: {window: 64, overlap: 8, context: 12}
 data:
   lanes: {prompt-en: 0.5, response-en: 0.5}
+  drop_tokens: 0.02
 optimizer:
   stages:
     - {tokens: 5000, lr: 0.004, embedding_lr: 0.004}
@@ -161,6 +162,18 @@ def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(
     assert same == {name: whole[name] for name in same}
     before, after = weights(place / "whole"), weights(place / "killed")
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_whose_products_are_of_lower_precision_learns_too_and_keeps_whole_weights(
+    place: Path, whole: dict[str, Any]
+) -> None:
+    recipe = place / "lower.yaml"
+    recipe.write_text(RECIPE.replace("  ema: 0.9\n", "  ema: 0.9\n  precision: bfloat16\n"), encoding="utf-8")
+    figures = edge.train(recipe, place / "lower", data=place / "data", threads=1, device="cpu")
+    assert figures["dev/prompt"] > 0.9
+    assert figures["loss"] == pytest.approx(whole["loss"], rel=0.2)
+    assert figures["loss"] != whole["loss"]
+    assert {str(weight.dtype) for weight in weights(place / "lower").values()} == {"float32"}
 
 
 def test_a_run_goes_on_only_with_its_own_recipe(place: Path, whole: dict[str, Any], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ that the disguise itself says nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -103,6 +104,16 @@ def _no_spaces(text: str, rng: np.random.Generator) -> str:
     return " ".join(joined)
 
 
+def _broken_lines(text: str, rng: np.random.Generator) -> str:
+    """Line breaks where there were blanks: after a sentence as likely as not, anywhere now and then."""
+    words = text.split(" ")
+    joined = words[:1]
+    for before, word in pairwise(words):
+        likely = 0.6 if before[-1:] in tuple(".!?,;:") else 0.12
+        joined.append(("\n" if rng.random() < likely else " ") + word)
+    return "".join(joined)
+
+
 DISGUISES: tuple[Callable[[str, np.random.Generator], str], ...] = (
     _upper,
     _mixed_case,
@@ -119,4 +130,6 @@ DISGUISES: tuple[Callable[[str, np.random.Generator], str], ...] = (
     _starred,
     _full_width,
     _no_spaces,
+    _broken_lines,
+    _broken_lines,
 )

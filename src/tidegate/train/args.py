@@ -66,11 +66,12 @@ class DataPart(_Strict):
     compose: float = Field(default=0.25, ge=0, le=1)
     disguise: float = Field(default=0.12, ge=0, le=1)
     drop_context: float = Field(default=0.15, ge=0, le=1)
+    drop_tokens: float = Field(default=0.0, ge=0, lt=1, description="share of tokens hidden, so that none decides alone")
     teacher_epochs: int = Field(default=5, ge=1, description="of the cross-fitted teacher; see data/distill.py")
 
     def plan(self) -> MixPlan:
         """The same as the mix takes it."""
-        return MixPlan(**self.model_dump(exclude={"synthetic_per_family", "teacher_epochs"}))
+        return MixPlan(**self.model_dump(exclude={"synthetic_per_family", "teacher_epochs", "drop_tokens"}))
 
 
 class LossPart(_Strict):
@@ -106,6 +107,9 @@ class OptimizerPart(_Strict):
     weight_decay: float = 0.1
     clip: float = 1.0
     ema: float = Field(default=0.995, ge=0, lt=1, description="of the weights, by step; 0 for none")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of matrix products; weights, norms, loss and optimizer are always float32"
+    )
 
     @property
     def tokens(self) -> int:

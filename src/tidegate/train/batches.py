@@ -207,9 +207,14 @@ def packed_batches(
     *,
     rows: int,
     seed: int,
+    drop_tokens: float = 0.0,
     pool: int = 3072,
 ) -> Iterator[Batch]:
-    """Endless batches of ``rows`` packed rows; texts of one pool are packed together and their rows shuffled."""
+    """Endless batches of ``rows`` packed rows; texts of one pool are packed together and their rows shuffled.
+
+    Of the tokens of text a share of ``drop_tokens``, drawn at random, is hidden behind ``<|pad|>``.
+    """
+    hidden, first_text = tokenizer.control["<|pad|>"], max(tokenizer.control.values()) + 1
     rng = np.random.default_rng(seed)
     left: list[list[Packed]] = []
     while True:
@@ -217,6 +222,9 @@ def packed_batches(
         packed = pack(texts, template.window)
         ready = [packed[i] for i in rng.permutation(len(packed))] + left
         while len(ready) >= rows:
-            yield to_batch(ready[:rows], template.window)
+            batch = to_batch(ready[:rows], template.window)
+            if drop_tokens:
+                batch.ids[(rng.random(batch.ids.shape) < drop_tokens) & (batch.ids >= first_text)] = hidden
+            yield batch
             ready = ready[rows:]
         left = ready

@@ -274,7 +274,15 @@ class _Trainer:
         recipe, seed = self.recipe, self.recipe.seed + 2 * stage
         teacher = self._teacher() if recipe.optimizer.stages[stage].teacher else None
         mix = Mix(self.examples, recipe.data.plan(), seed, teacher)
-        return packed_batches(mix, self.tokenizer, recipe.template, recipe.loss, rows=recipe.optimizer.rows, seed=seed)
+        return packed_batches(
+            mix,
+            self.tokenizer,
+            recipe.template,
+            recipe.loss,
+            rows=recipe.optimizer.rows,
+            seed=seed,
+            drop_tokens=recipe.data.drop_tokens,
+        )
 
     def _teacher(self) -> dict[str, tuple[float, float, float]]:
         """What a teacher says of the training examples; made once, then read from the run's folder."""
@@ -356,7 +364,9 @@ class _Trainer:
     def loss(self, batch: Batch) -> tuple[Tensor, float]:
         """Risk loss of both branches plus category loss, per text; and the risk part alone for the log."""
         ids, positions, mask = _inputs(batch, self.device)
-        logits = self.forward(ids, mask, positions)
+        lower = self.recipe.optimizer.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
+            logits = self.forward(ids, mask, positions)
         labels = torch.from_numpy(batch.labels).to(self.device)
         risk_weight = torch.from_numpy(batch.risk_weight).to(self.device)
         query_weight = torch.from_numpy(batch.query_weight).to(self.device)

@@ -7,6 +7,8 @@ that begin with ``@name``, one entry per line or several separated by `` | ``; `
 random entry of that section, ``[a|b|]`` by one of the alternatives. Verb phrases (``@violent.h`` harmful, ``.c``
 controversial, ``.b`` benign) are put into the frames of ``@ask``; the frames of ``@about`` turn harmful phrases into
 safe sentences (law, prevention, fiction, negation). An entry that begins with ``= `` is a whole sentence already.
+``@info`` and ``@talk`` hold pairs, ``topic: prompt >> safe answer >> unsafe answer``; ``! `` before a safe answer marks
+a refusal. ``@group.h`` and ``@group.b`` put the same groups into sentences that differ by meaning alone.
 
 No entry holds operational detail, names a real person or uses a slur.
 """
@@ -55,17 +57,20 @@ _TOPICS: Mapping[str, Category] = {
     "political": Category.POLITICAL,
     "copyright": Category.COPYRIGHT,
 }
+_PAIR_TOPICS: Mapping[str, Category] = {**_TOPICS, "unethical": Category.UNETHICAL_ACTS}
 _HOLD_OUT_FROM = 8
 _HOLD_OUT_EVERY = 12
 _DEV_EVERY = 25
 _FRAMES = frozenset(
     {"ask", "about", "lead", "tail", "tags", "hate.push", "hate.counter", "hate.asked", "jail.hard", "jail.soft"}
+    | {"pair.open", "pair.turn", "persona.h"}
     | {f"resp.{part}" for part in ("yes", "no", "alt", "open", "steps.h", "steps.b", "correct", "correct_hate", "kind")}
 )
 _WHOLE = ".whole"
 _TOKEN = re.compile(r"\{([a-z_.]+)\}|\[([^\[\]]*\|[^\[\]]*)\]")
 _DOUBLE_SPACE = re.compile(r" {2,}")
 _SPACELESS = frozenset({"zh", "ja", "th"})
+_BOUNDARY = re.compile(r"(?<=[.?!।؟]) (?=\S)|(?<=[。？！])(?=[^\s”」』）])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +264,23 @@ def _jailbreak(d: _Drawer, harmful: bool) -> _Draft:
     return _Draft(d.draw("jail.soft", task=task), Severity.SAFE)
 
 
+def _group(d: _Drawer, harmful: bool) -> _Draft:
+    text = d.draw("group.h" if harmful else "group.b", x=d.draw("grp"))
+    if not harmful:
+        return _Draft(text, Severity.SAFE)
+    if d.maybe(0.15):
+        text = d.draw("hate.push", s=text)
+    return _Draft(text, Severity.UNSAFE, (Category.UNETHICAL_ACTS.value,))
+
+
+def _persona(d: _Drawer, harmful: bool) -> _Draft:
+    phrase, category = _any_phrase(d, "h" if harmful else "b")
+    text = d.draw("persona.h" if harmful else "persona.b", task=_cased(d.draw("ask", vp=phrase)))
+    if harmful:
+        return _Draft(text, Severity.UNSAFE, (Category.JAILBREAK.value, category))
+    return _Draft(text, Severity.SAFE)
+
+
 # --- responses -------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +357,36 @@ def _hate_answer(d: _Drawer, harmful: bool) -> _Draft:
     return _Draft(prompt, Severity.SAFE, (), reply, False)
 
 
+def _paired(section: str) -> Callable[[_Drawer, bool], _Draft]:
+    """Answers to one prompt that differ by what they say: informing or kind, against complying or cruel."""
+
+    def make(d: _Drawer, harmful: bool) -> _Draft:
+        topic, _, rest = d.pick(section).partition(": ")
+        given = {name: d.draw(name) for name in ("person", "place", "shop") if d.count(name)} | {"x": d.draw("grp")}
+        prompt, safe, unsafe = (d.expand(part, **given) for part in rest.split(" >> "))
+        refusal = safe.startswith("! ")
+        safe, opener = safe.removeprefix("! "), ""
+        if d.count("pair.open") and d.maybe(0.35):
+            opener = d.draw("pair.open")
+        if not harmful:
+            return _Draft(prompt, Severity.SAFE, (), _join(d, opener, _sentence(d, safe)), refusal)
+        names, unsafe = (_PAIR_TOPICS[topic].value,), _sentence(d, unsafe)
+        if d.count("pair.turn") and d.maybe(0.2):  # begins as the safe answer does, and turns
+            first = _BOUNDARY.split(_sentence(d, safe))[0]
+            start = _join(d, opener, first, "x")[:-1]
+            return _Draft(
+                prompt,
+                Severity.UNSAFE,
+                names,
+                start + _join(d, d.draw("pair.turn"), unsafe),
+                False,
+                {"onset": len(start)},
+            )
+        return _Draft(prompt, Severity.UNSAFE, names, _join(d, opener, unsafe), False)
+
+    return make
+
+
 # --- style -----------------------------------------------------------------------------------------------------------
 
 _EMOJI = ("🙏", "😂", "🤔", "😡", "❤️", "🔥", "👀", "😭", "💀", "🤬", "😅", "👏", "🙄", "✨", "🤮", "💪")
@@ -372,20 +424,41 @@ def _cased_at_random(d: _Drawer, text: str) -> str:
     return text
 
 
+def _lined(d: _Drawer, text: str, share: float) -> str:
+    """The text, in that share of draws with line breaks between its sentences, some of them as a list."""
+    if not d.maybe(share):
+        return text
+    parts = _BOUNDARY.split(text)
+    shape = d.rng.random()
+    if len(parts) > 2 and shape < 0.25:
+        return "\n".join((parts[0], *(f"- {part}" for part in parts[1:])))
+    if shape < 0.6:
+        return ("\n\n" if d.maybe(0.3) else "\n").join(parts)
+    return _BOUNDARY.sub("\n", text, count=1)
+
+
 # --- families --------------------------------------------------------------------------------------------------------
 
 FAMILIES: Mapping[str, tuple[Target, Callable[[_Drawer, bool], _Draft]]] = {
     "hate": (Target.PROMPT, _hate),
     **{topic: (Target.PROMPT, _topic(topic)) for topic in _TOPICS},
     "jailbreak": (Target.PROMPT, _jailbreak),
+    "group": (Target.PROMPT, _group),
+    "persona": (Target.PROMPT, _persona),
     "response.hate": (Target.RESPONSE, _hate_answer),
     **{f"response.{topic}": (Target.RESPONSE, _answer(topic)) for topic in _TOPICS},
+    "response.info": (Target.RESPONSE, _paired("info")),
+    "response.talk": (Target.RESPONSE, _paired("talk")),
 }
 """Family name -> what it judges and the maker that draws one harmful or benign example of it."""
 
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "hate": ("hate.s", "hate.counter"),
     "jailbreak": ("jail.h", "jail.b", "jail.hard", "jail.soft"),
+    "group": ("group.h", "group.b"),
+    "persona": ("persona.h", "persona.b"),
+    "response.info": ("info",),
+    "response.talk": ("talk",),
     "response.hate": ("hate.s", "resp.kind", "resp.correct_hate"),
     **{topic: (f"{topic}.h", f"{topic}.b") for topic in _TOPICS},
     **{f"response.{topic}": (f"{topic}.h", f"{topic}.b", "resp.yes") for topic in _TOPICS},
@@ -408,8 +481,10 @@ def _draft(family: Family, d: _Drawer, harmful: bool) -> _Draft | None:
     draft = FAMILIES[family.name][1](d, harmful)
     if d.dev and not d.fresh:
         return None
-    prompt = _styled(d, draft.prompt)
-    return _Draft(prompt, draft.severity, draft.categories, draft.response, draft.refusal, draft.extra)
+    prompt, response = _lined(d, _styled(d, draft.prompt), 0.12), draft.response
+    if response is not None and not draft.extra:  # an onset counts characters
+        response = _lined(d, response, 0.2)
+    return _Draft(prompt, draft.severity, draft.categories, response, draft.refusal, draft.extra)
 
 
 def _of_family(family: Family, seed: int, count: int) -> Iterator[Example]:

@@ -135,6 +135,10 @@ def tiny_checkpoint(folder: Path, **tidegate: Any) -> Path:
 
 
 def tiny_edge_folder(folder: Path, **tidegate: Any) -> Path:
-    """Write ``model.onnx``, ``tokenizer.json`` and ``config.json`` of a tiny guard; keywords go into its config."""
-    export_onnx(tiny_checkpoint(folder / "checkpoint", **tidegate), folder)
+    """Write the files of a tiny guard, its table of n-grams among them; keywords go into its config."""
+    rows = np.random.default_rng(11).normal(0, 20, (2, 256, 2)).clip(-127, 127).astype(np.int8)
+    tidegate.setdefault("wide", {"scale": {"prompt": 0.02, "response": 0.02}})
+    checkpoint = tiny_checkpoint(folder / "checkpoint", **tidegate)
+    np.save(checkpoint / "ngrams.npy", rows)
+    export_onnx(checkpoint, folder)
     return folder

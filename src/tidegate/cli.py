@@ -655,7 +655,7 @@ def train_edge(
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on with the run in the folder.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model first: a minute, then faster.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model: a minute, then faster.")] = False,
 ) -> None:
     """Train the edge guard. It may be interrupted; the same command goes on."""
     train = _from_extra("train", "tidegate.train.edge", "train")

@@ -148,3 +148,17 @@ def test_calibration_error_is_nothing_for_honest_and_the_gap_for_boastful_probab
     positive = np.concatenate([np.arange(400) < 100, np.arange(400) < 300])
     assert expected_calibration_error(positive, honest) == pytest.approx(0, abs=1e-12)
     assert expected_calibration_error(positive, np.full(800, 1.0)) == pytest.approx(0.5)
+
+
+def test_a_second_opinion_gets_the_weight_that_it_deserves() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 3000)
+    one = np.eye(3)[labels] + rng.normal(size=(3000, 3))
+    other = np.eye(3)[labels] + rng.normal(size=(3000, 3))
+    both = fit_calibration(one, labels, more=other)
+    assert both.weight == pytest.approx(1 / both.temperature, rel=0.15)
+    noise = fit_calibration(one, labels, more=rng.normal(size=(3000, 3)))
+    assert noise.weight < 0.1 / noise.temperature
+    assert fit_calibration(one, labels).weight == 0
+    alone = negative_log_likelihood(calibrated(one, fit_calibration(one, labels)), labels, np.ones(3000))
+    assert negative_log_likelihood(calibrated(one, both, other), labels, np.ones(3000)) < alone - 0.05

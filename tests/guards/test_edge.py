@@ -381,11 +381,13 @@ async def test_of_a_long_prompt_the_worst_window_wins_with_its_span(guard: EdgeG
     text = long_text(5 * guard.config.window, guard)
     tokens = guard.tokenizer.encode(text)
     verdict = await guard.judge(Conversation.of(text))
+    evidence = guard._evidence(Target.PROMPT, [token.id for token in tokens])
     alone = []
     for window in guard._template.prompt_windows(len(tokens)):
         ids = guard._template.prompt(tokens[window.seen : window.stop], later=window.seen > 0)
         logits = await guard._engine.submit(CachedSequence(), ids)
-        row = Row(logits.query_risk[-1], logits.query_category[-1])
+        total = evidence[window.seen : window.stop].sum(axis=0).tolist()
+        row = Row(logits.query_risk[-1], logits.query_category[-1], tuple(total))
         start = tokens[window.seen - 1].end if window.seen else 0
         alone.append(guard._verdict(Target.PROMPT, row, Span(start, tokens[window.stop - 1].end)))
     expected = max(alone, key=key)
@@ -437,9 +439,10 @@ def test_nothing_is_unsafe_that_is_not_flagged() -> None:
 
 
 async def test_calibration_of_the_config_is_applied_in_the_order_of_its_ids(folder: Path, tmp_path: Path) -> None:
+    folder = rewritten(folder, tmp_path / "plain", wide=None)
     calibrated = rewritten(
         folder,
-        tmp_path,
+        tmp_path / "calibrated",
         temperature={"prompt": 2.0, "response": 0.5},
         bias={"prompt": [0.0, 3.0, -3.0], "response": [0, 0, 0]},
         thresholds={"prompt": {"flagged": 0.0, "unsafe": 0.0}},
@@ -451,6 +454,28 @@ async def test_calibration_of_the_config_is_applied_in_the_order_of_its_ids(fold
     expected = odds / odds.sum()
     assert values(after.probabilities) == pytest.approx((expected[0], expected[2], expected[1]), abs=1e-6)
     assert after.severity is Severity.UNSAFE
+
+
+async def test_ngrams_add_their_weighted_evidence_to_unsafe_and_controversial(folder: Path, tmp_path: Path) -> None:
+    def weighing(weight: float, name: str) -> EdgeGuard:
+        wide = {"scale": {"prompt": 0.02, "response": 0.02}, "weight": {"prompt": weight, "response": 0.0}}
+        return EdgeGuard(rewritten(folder, tmp_path / name, wide=wide))
+
+    async with weighing(0.0, "without") as without, weighing(1.5, "with") as guard:
+        before, after = [np.log(values((await each.judge(PROMPT)).probabilities)) for each in (without, guard)]
+        ids = [token.id for token in guard.tokenizer.encode(PROMPT.turns[-1].content)]
+        unsafe, controversial, count = guard._evidence(Target.PROMPT, ids).sum(axis=0).tolist()
+        change = (after - after[0]) - (before - before[0])
+        expected = np.array([0, controversial, unsafe]) * 1.5 * 0.02 / count**0.5
+        np.testing.assert_allclose(change, expected, atol=1e-5)
+        assert abs(expected).max() > 0.01
+
+
+def test_a_config_that_speaks_of_ngrams_needs_their_table(folder: Path, tmp_path: Path) -> None:
+    torn = rewritten(folder, tmp_path)
+    (torn / "ngrams.npy").unlink()
+    with pytest.raises(GuardUnavailable, match=r"ngrams\.npy"):
+        EdgeGuard(torn)
 
 
 async def test_the_categories_named_are_those_above_the_threshold_most_probable_first(

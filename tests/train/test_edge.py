@@ -40,6 +40,7 @@ model:
   intermediate_size: 48
   guard_inner_size: 24
 embeddings: {bag_size: 8, bag_texts: 512, bag_epochs: 8}
+wide: {bits: 14, texts: 1500}
 template: {window: 64, overlap: 8, context: 12}
 data:
   lanes: {prompt-en: 0.5, response-en: 0.5}

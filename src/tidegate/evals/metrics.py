@@ -36,10 +36,12 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """``softmax(logits / temperature + bias)``: ``bias`` has one entry per class."""
+    """``softmax(logits / temperature + bias + weight * more)``: ``bias`` has one entry per class, ``more`` are the
+    logits of a second opinion, where there is one."""
 
     temperature: float
     bias: tuple[float, ...]
+    weight: float = 0.0
 
 
 def auroc(positive: Flags, scores: Array) -> float | None:
@@ -103,9 +105,10 @@ def softmax(logits: Array) -> Array:
     return result
 
 
-def calibrated(logits: Array, calibration: Calibration) -> Array:
-    """Probabilities ``[rows, classes]`` of logits under a calibration."""
-    return softmax(logits / calibration.temperature + np.asarray(calibration.bias))
+def calibrated(logits: Array, calibration: Calibration, more: Array | None = None) -> Array:
+    """Probabilities ``[rows, classes]`` of logits, and of a second opinion's logits, under a calibration."""
+    second = 0.0 if more is None else calibration.weight * more
+    return softmax(logits / calibration.temperature + np.asarray(calibration.bias) + second)
 
 
 def negative_log_likelihood(probabilities: Array, labels: npt.NDArray[np.int64], weights: Array) -> float:
@@ -115,24 +118,43 @@ def negative_log_likelihood(probabilities: Array, labels: npt.NDArray[np.int64],
 
 
 def fit_calibration(
-    logits: Array, labels: npt.NDArray[np.int64], weights: Array | None = None, *, steps: int = 500
+    logits: Array,
+    labels: npt.NDArray[np.int64],
+    weights: Array | None = None,
+    *,
+    more: Array | None = None,
+    steps: int = 500,
 ) -> Calibration:
     """Temperature and bias that minimise the negative log likelihood (Guo et al. 2017, with a bias per class).
 
-    Plain gradient descent with momentum on the inverse temperature and the biases: convex, so it ends where it should.
+    Plain gradient descent with momentum on the inverse temperature, the weight of the second opinion (never negative)
+    and the biases: convex, so it ends where it should.
+
+    Args:
+        logits: ``[rows, classes]``.
+        labels: the class of each row.
+        weights: of the rows; None for equal ones.
+        more: logits of a second opinion, of the same shape; None when there is none, and its weight is then 0.
+        steps: of the descent.
     """
     weight = np.ones(len(labels)) if weights is None else weights
     weight = weight / weight.sum()
-    scale, bias = 1.0, np.zeros(logits.shape[1])
-    speed_scale, speed_bias = 0.0, np.zeros(logits.shape[1])
+    opinions = np.stack([logits] if more is None else [logits, more])
+    scales, bias = np.asarray([1.0] if more is None else [1.0, 0.0]), np.zeros(logits.shape[1])
+    least = np.asarray([0.05, 0.0])[: len(opinions)]
+    speed_scales, speed_bias = np.zeros(len(opinions)), np.zeros(logits.shape[1])
     truth = np.eye(logits.shape[1])[labels]
     for _ in range(steps):
-        gradient = (softmax(logits * scale + bias) - truth) * weight[:, None]
-        speed_scale = 0.9 * speed_scale - 0.05 * float((gradient * logits).sum())
+        gradient = (softmax(np.tensordot(scales, opinions, 1) + bias) - truth) * weight[:, None]
+        speed_scales = 0.9 * speed_scales - 0.05 * (gradient * opinions).sum(axis=(1, 2))
         speed_bias = 0.9 * speed_bias - 0.3 * gradient.sum(axis=0)
-        scale, bias = max(scale + speed_scale, 0.05), bias + speed_bias
+        scales, bias = np.maximum(scales + speed_scales, least), bias + speed_bias
     bias -= bias.mean()
-    return Calibration(temperature=1.0 / scale, bias=tuple(float(b) for b in bias))
+    return Calibration(
+        temperature=float(1.0 / scales[0]),
+        bias=tuple(float(b) for b in bias),
+        weight=0.0 if more is None else float(scales[1]),
+    )
 
 
 def expected_calibration_error(positive: Flags, probabilities: Array, bins: int = 15) -> float:

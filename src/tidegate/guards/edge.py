@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 from weakref import WeakSet
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, SessionClosed
-from tidegate.guards.edge_config import EdgeConfig, Row, read_config
+from tidegate.guards.edge_config import EdgeConfig, Row, Totals, read_config
 from tidegate.guards.edge_engine import Engine, Logits
 from tidegate.guards.edge_engine import Sequence as CachedSequence
 from tidegate.model.tokens import CONTROL_TOKENS, IncrementalTokens, TextTokenizer, Token
+from tidegate.model.wide import COLUMNS, LEFT, NgramHasher, WideTable
 from tidegate.types import Conversation, Role, Severity, Span, Target, TokenVerdict, Turn, Verdict, worst
 
 __all__ = ["EDGE_FILES", "SHIPPED", "EdgeGuard", "EdgeSession"]
@@ -30,6 +34,8 @@ SHIPPED: Final = Path(__file__).parent / "edge_model"
 """The model in the wheel."""
 EDGE_FILES: Final = ("model.onnx", "tokenizer.json", "config.json")
 """What the folder of an edge guard holds."""
+WIDE_FILE: Final = "ngrams.npy"
+"""What it holds besides when its config has a ``wide`` section: the table of n-grams (model/wide.py)."""
 
 _IN_FLIGHT: Final = 16
 """How many windows of one text are computed at once: more would make other texts wait."""
@@ -51,11 +57,13 @@ class _Window(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """Ids to append to a sequence, and the tokens of a session's text that are among them."""
+    """Ids to append to a sequence, the tokens of a session's text that are among them, and the totals of n-grams at
+    each of these."""
 
     sequence: CachedSequence
     ids: list[int]
     tokens: Sequence[Token] = ()
+    totals: Sequence[Totals] = ()
 
 
 class _Template:
@@ -171,6 +179,7 @@ class EdgeGuard:
             raise GuardUnavailable(f"{folder} lacks {', '.join(missing)}: expected {', '.join(EDGE_FILES)}")
         self.config, self._readings = read_config(folder / "config.json")
         self.tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        self._wide = _read_wide(folder / WIDE_FILE, self.tokenizer) if self.config.wide else None
         self._template = _Template(self.tokenizer, self.config)
         self._engine = Engine(folder / "model.onnx", threads=threads, most_waiting=most_waiting)
         self._most_sessions = most_sessions
@@ -238,6 +247,7 @@ class EdgeGuard:
     async def _judge_prompt(self, turn: Turn) -> Verdict:
         tokens = await self._template.tokens(turn.content)
         windows = self._template.prompt_windows(len(tokens))
+        evidence = self._evidence(Target.PROMPT, [token.id for token in tokens])
         verdicts: list[Verdict] = []
         for part in _groups(windows):
             jobs = [
@@ -245,13 +255,14 @@ class EdgeGuard:
             ]
             for window, logits in zip(part, await self._compute(jobs, last_only=True), strict=True):
                 span = _span(tokens, window) if len(windows) > 1 else None
-                row = Row(logits.query_risk[-1], logits.query_category[-1])
+                row = Row(logits.query_risk[-1], logits.query_category[-1], _total(evidence[window.seen : window.stop]))
                 verdicts.append(self._verdict(Target.PROMPT, row, span))
         return worst(verdicts)
 
     async def _judge_answer(self, header: tuple[int, ...], text: str) -> Verdict:
         tokens = await self._template.tokens(text)
         windows = self._template.answer_windows(len(tokens), header)
+        evidence = self._evidence(Target.RESPONSE, [token.id for token in tokens])
         verdicts: list[Verdict] = []
         for part in _groups(windows):
             jobs = []
@@ -262,8 +273,15 @@ class EdgeGuard:
                 jobs.append(_Job(CachedSequence(), ids))
             for window, logits in zip(part, await self._compute(jobs, last_only=True), strict=True):
                 span = _span(tokens, window) if len(windows) > 1 else None
-                verdicts.append(self._verdict(Target.RESPONSE, Row(logits.risk[-1], logits.category[-1]), span))
+                row = Row(logits.risk[-1], logits.category[-1], _total(evidence[window.seen : window.stop]))
+                verdicts.append(self._verdict(Target.RESPONSE, row, span))
         return worst(verdicts)
+
+    def _evidence(self, target: Target, ids: Sequence[int], before: Sequence[int] = ()) -> NDArray[np.int64]:
+        """What the n-grams of tokens say, by token; see `WideTable.evidence`."""
+        if self._wide is None:
+            return np.zeros((len(ids), COLUMNS + 1), np.int64)
+        return self._wide.evidence(target, ids, before)
 
     async def _compute(self, jobs: Sequence[_Job], *, last_only: bool = False) -> list[Logits]:
         """The logits of each job, computed together where they fit; sequences used once are given back."""
@@ -279,7 +297,7 @@ class EdgeGuard:
 
     def _verdict(self, target: Target, row: Row, span: Span | None) -> Verdict:
         reading = self._readings[target]
-        probabilities = reading.probabilities(row.risk)
+        probabilities = reading.probabilities(row.risk, row.evidence)
         thresholds = self.config.thresholds
         limits = thresholds.prompt if target is Target.PROMPT else thresholds.response
         severity = limits.severity(probabilities)
@@ -297,7 +315,7 @@ class EdgeGuard:
 
     def _token_verdict(self, row: Row, span: Span, *, whole: bool = False) -> TokenVerdict:
         reading = self._readings[Target.RESPONSE]
-        probabilities = reading.probabilities(row.risk)
+        probabilities = reading.probabilities(row.risk, row.evidence)
         limits = self.config.thresholds.response if whole else self.config.thresholds.token
         category, probability = reading.top_category(row.category)
         return TokenVerdict(span, limits.severity(probabilities), probabilities, category, probability)
@@ -319,6 +337,9 @@ class EdgeSession:
         self._opening: list[int] = []
         self._room = 0
         self._recent: list[int] = []
+        self._left: list[int] = []
+        self._evidence = guard._evidence(Target.RESPONSE, ())
+        self._total: Totals = (0, 0, 0)
         self._covered = 0
         self._busy = False
         self._closed = False
@@ -383,10 +404,11 @@ class EdgeSession:
                 raise SessionClosed("the session was closed while it judged")
             for job, logits in zip(group, await self._guard._compute(group), strict=True):
                 ended = last and job is jobs[-1]
-                verdicts += self._read(job.tokens, logits, len(job.ids) - len(job.tokens) - ended)
+                verdicts += self._read(job, logits, len(job.ids) - len(job.tokens) - ended)
         if last:
             span = Span(self._covered, self._text.characters)
-            verdicts.append(self._guard._token_verdict(Row(logits.risk[-1], logits.category[-1]), span, whole=True))
+            row = Row(logits.risk[-1], logits.category[-1], self._total)
+            verdicts.append(self._guard._token_verdict(row, span, whole=True))
         return verdicts
 
     def _begin(self, header: tuple[int, ...]) -> None:
@@ -396,29 +418,36 @@ class EdgeSession:
         self._opening = self._guard._template.opening(header, later=later) + self._recent
         template = self._guard._template
         self._room = template.later_room(header) if later else template.first_room(header)
+        self._total = _total(self._evidence)
 
     def _plan(self, tokens: list[Token], header: tuple[int, ...]) -> list[_Job]:
         """What to compute for these tokens: a job for each window that they fall into."""
         jobs: list[_Job] = []
         at, overlap = 0, self._guard.config.overlap
+        every = [token.id for token in tokens]
+        evidence = self._guard._evidence(Target.RESPONSE, every, self._left)
+        self._left = (self._left + every)[-LEFT:]
         while at < len(tokens):
             if not self._room:
                 self._begin(header)
-            part = tokens[at : at + self._room]
-            ids = [token.id for token in part]
-            jobs.append(_Job(self._sequence, self._opening + ids, part))
+            part, ids = tokens[at : at + self._room], every[at : at + self._room]
+            said = evidence[at : at + self._room]
+            totals = [_three(row) for row in (np.cumsum(said, axis=0) + self._total).tolist()]
+            jobs.append(_Job(self._sequence, self._opening + ids, part, totals))
             self._opening = []
             self._recent = (self._recent + ids)[-overlap:]
+            self._evidence = np.concatenate([self._evidence, said])[-overlap:]
+            self._total = totals[-1]
             self._room -= len(part)
             at += len(part)
         return jobs
 
-    def _read(self, tokens: Sequence[Token], logits: Logits, first: int) -> list[TokenVerdict]:
+    def _read(self, job: _Job, logits: Logits, first: int) -> list[TokenVerdict]:
         verdicts = []
-        for row, token in enumerate(tokens, start=first):
+        for at, (token, total) in enumerate(zip(job.tokens, job.totals, strict=True), start=first):
             span = Span(self._covered, token.end)
             self._covered = token.end
-            verdicts.append(self._guard._token_verdict(Row(logits.risk[row], logits.category[row]), span))
+            verdicts.append(self._guard._token_verdict(Row(logits.risk[at], logits.category[at], total), span))
         return verdicts
 
 
@@ -443,9 +472,26 @@ def _span(tokens: Sequence[Token], window: _Window) -> Span:
     return Span(tokens[window.seen - 1].end if window.seen else 0, tokens[window.stop - 1].end)
 
 
+def _total(evidence: NDArray[np.int64]) -> Totals:
+    """The totals over some tokens."""
+    return _three(evidence.sum(axis=0).tolist())
+
+
+def _three(values: list[int]) -> Totals:
+    unsafe, controversial, count = values
+    return unsafe, controversial, count
+
+
 def _without_span(verdict: Verdict) -> Verdict:
     """The verdict of a text beside the content: a span in it would be read as one in the content."""
     return replace(verdict, span=None)
+
+
+def _read_wide(path: Path, tokenizer: TextTokenizer) -> WideTable:
+    try:
+        return WideTable.load(path, NgramHasher(tokenizer.token_bytes()))
+    except (OSError, ValueError) as error:
+        raise GuardUnavailable(f"{path} is not the table of n-grams that the config speaks of: {error}") from error
 
 
 def _read_tokenizer(path: Path) -> TextTokenizer:

@@ -17,13 +17,15 @@ from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict
 from tidegate.model.checkpoints import category_order, risk_order
 from tidegate.types import Probabilities, Severity, Target
 
-__all__ = ["EdgeConfig", "Reading", "Row", "Thresholds", "read_config"]
+__all__ = ["EdgeConfig", "Reading", "Row", "Thresholds", "Totals", "WideConfig", "read_config"]
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bias = Annotated[tuple[Finite, ...], Field(min_length=3, max_length=3)]
 _NO_BIAS: Final = (0.0, 0.0, 0.0)
+Totals = tuple[int, int, int]
+"""What n-grams said for Unsafe and for Controversial, and how many there were: sums of `WideTable.evidence`."""
 
 
 class Thresholds(BaseModel):
@@ -55,6 +57,22 @@ class _Biases(BaseModel):
     response: Bias = _NO_BIAS
 
 
+class _Shares(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    response: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+
+class WideConfig(BaseModel):
+    """How the table of n-grams is read: what 1 in it is worth in logits, and how much of that is added (0: nothing)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale: _Temperatures
+    weight: _Shares = _Shares()
+
+
 class _ThresholdsByPlace(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -83,6 +101,7 @@ class EdgeConfig(BaseModel):
     thresholds: _ThresholdsByPlace = _ThresholdsByPlace()
     category_threshold: Share = 0.3
     languages: tuple[str, ...] = ()
+    wide: WideConfig | None = None
 
     @model_validator(mode="after")
     def _windows_move(self) -> EdgeConfig:
@@ -100,10 +119,17 @@ class Reading:
     bias: tuple[float, ...]
     order: tuple[Severity, ...]
     categories: tuple[str, ...]
+    wide_scale: float = 1.0
+    wide_weight: float = 0.0
 
-    def probabilities(self, logits: NDArray[np.float32]) -> Probabilities:
-        """The calibrated probability of each severity, from the three risk logits."""
+    def probabilities(self, logits: NDArray[np.float32], evidence: Totals = (0, 0, 0)) -> Probabilities:
+        """The calibrated probability of each severity, from the three risk logits and the totals of n-grams."""
         tempered = [x / self.temperature + b for x, b in zip(logits.tolist(), self.bias, strict=True)]
+        if self.wide_weight:
+            unsafe, controversial, count = evidence
+            worth = self.wide_weight * self.wide_scale / math.sqrt(max(1, count))
+            tempered[self.order.index(Severity.UNSAFE)] += worth * unsafe
+            tempered[self.order.index(Severity.CONTROVERSIAL)] += worth * controversial
         found = dict(zip(self.order, _softmax(tempered), strict=True))
         return Probabilities(found[Severity.SAFE], found[Severity.CONTROVERSIAL], found[Severity.UNSAFE])
 
@@ -119,10 +145,11 @@ class Reading:
 
 
 class Row(NamedTuple):
-    """Risk and category logits of one branch at one position."""
+    """Risk and category logits of one branch at one position, and the totals of the n-grams up to there."""
 
     risk: NDArray[np.float32]
     category: NDArray[np.float32]
+    evidence: Totals = (0, 0, 0)
 
 
 def _softmax(logits: list[float]) -> list[float]:
@@ -164,6 +191,8 @@ def _readings(raw: Mapping[str, Any], config: EdgeConfig) -> dict[Target, Readin
             bias=getattr(config.bias, target.value),
             order=risk_order(raw, f"{field}_risk_level_map"),
             categories=category_order(raw, f"{field}_category_map"),
+            wide_scale=getattr(config.wide.scale, target.value) if config.wide else 1.0,
+            wide_weight=getattr(config.wide.weight, target.value) if config.wide else 0.0,
         )
         for target, field in ((Target.PROMPT, "query"), (Target.RESPONSE, "response"))
     }

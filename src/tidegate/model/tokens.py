@@ -216,6 +216,15 @@ class TextTokenizer:
         """Read a ``tokenizer.json``. Raises OSError when it cannot be read, ValueError when it is not one of ours."""
         return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")))
 
+    def token_bytes(self) -> list[bytes]:
+        """For each id the bytes of folded text that it stands for; b"" for control tokens."""
+        letters = _byte_letters()
+        result = [b""] * self.vocab_size
+        for token, token_id in self._tokenizer.get_vocab().items():
+            if token not in self.control:
+                result[token_id] = bytes(letters[letter] for letter in token)
+        return result
+
     def encode(self, text: str) -> list[Token]:
         """The tokens of a whole text."""
         stream = self.incremental()
@@ -345,6 +354,13 @@ def _is_ours(definition: Mapping[str, Any]) -> bool:
         }:
             return bool(pattern == SPLIT_PATTERN)
     return False
+
+
+def _byte_letters() -> dict[str, int]:
+    """The byte of each letter of byte-level BPE: printable Latin-1 stands for itself, the others follow from U+0100."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
 def _is_high_surrogate(character: str) -> bool:

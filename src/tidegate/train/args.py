@@ -45,6 +45,15 @@ class EmbeddingPart(_Strict):
     bag_epochs: int = Field(default=4, ge=1)
 
 
+class WidePart(_Strict):
+    """The table of n-grams beside the model; see model/wide.py and train/wide.py."""
+
+    bits: int = Field(ge=8, le=24, description="2 to this many rows, for prompts and for responses each")
+    texts: int = Field(default=700_000, ge=1, description="how many texts are drawn")
+    lr: float = Field(default=0.5, gt=0)
+    drop: float = Field(default=0.3, ge=0, lt=1, description="share of n-grams left out in a step")
+
+
 class TemplatePart(_Strict):
     """How much a guard looks at, in tokens."""
 
@@ -66,7 +75,7 @@ class DataPart(_Strict):
     compose: float = Field(default=0.25, ge=0, le=1)
     disguise: float = Field(default=0.12, ge=0, le=1)
     drop_context: float = Field(default=0.15, ge=0, le=1)
-    drop_tokens: float = Field(default=0.0, ge=0, lt=1, description="share of tokens hidden, so that none decides alone")
+    drop_tokens: float = Field(default=0.0, ge=0, lt=1, description="share of tokens hidden: none shall decide alone")
     teacher_epochs: int = Field(default=5, ge=1, description="of the cross-fitted teacher; see data/distill.py")
 
     def plan(self) -> MixPlan:
@@ -127,6 +136,7 @@ class EdgeRecipe(_Strict):
     tokenizer: TokenizerPart
     model: ModelPart
     embeddings: EmbeddingPart = EmbeddingPart()
+    wide: WidePart | None = None
     template: TemplatePart = TemplatePart()
     data: DataPart
     loss: LossPart = LossPart()

@@ -30,7 +30,7 @@ from tidegate.model.tokens import TextTokenizer, Token
 from tidegate.train.args import LossPart, TemplatePart
 from tidegate.types import PROMPT_CATEGORIES, RESPONSE_CATEGORIES, Role, Severity, Target
 
-__all__ = ["Batch", "Packed", "encode", "pack", "packed_batches"]
+__all__ = ["Batch", "Packed", "encode", "pack", "packed_batches", "token_weights"]
 
 RISK_ID = {Severity.SAFE: 0, Severity.UNSAFE: 1, Severity.CONTROVERSIAL: 2}
 _ROLE_TOKEN = {Role.SYSTEM: "<|system|>", Role.USER: "<|user|>", Role.TOOL: "<|tool|>", Role.ASSISTANT: "<|assistant|>"}
@@ -103,7 +103,7 @@ def encode(
         query[first:-1] = loss.prefix * growth**loss.ramp / max(1, len(tokens))
         query[-1] = 1.0
     else:
-        weights, safe = _token_weights(drawn, tokens, loss.ramp)
+        weights, safe = token_weights(drawn, tokens, loss.ramp)
         risk[first:-1] = weights / max(1, len(tokens))
         label[first:-1][safe] = RISK_ID[Severity.SAFE]
         risk[-1] = 1.0
@@ -129,7 +129,7 @@ def _header(context: str, tokenizer: TextTokenizer, limit: int) -> list[int]:
     return [control["<|user|>"], *ids, control["<|end|>"]]
 
 
-def _token_weights(drawn: Drawn, tokens: Sequence[Token], ramp: float) -> tuple[Floats, npt.NDArray[np.bool_]]:
+def token_weights(drawn: Drawn, tokens: Sequence[Token], ramp: float) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """The weight of each token of an answer, and which of them are Safe for being before the onset."""
     count = len(tokens)
     weights = np.ones(count, np.float32)

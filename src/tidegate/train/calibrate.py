@@ -1,9 +1,10 @@
 """Make an exported guard honest: calibrate its probabilities and choose its thresholds, on the dev split only.
 
-Temperature and a bias per class are fitted for prompts and for responses, every lane (target and language group)
-weighing the same. The thresholds for whole texts are those with the best F1 on the same weights: for *flagged* against
-Controversial + Unsafe, for *unsafe* against Unsafe. The threshold for tokens of a stream is the lowest one that cuts at
-most a stated share of safe dev streams; a flagged token is Unsafe when that is the more likely half of what it says.
+Temperature, a bias per class and the weight of the table of n-grams, where there is one, are fitted for prompts and for
+responses, every lane (target and language group) weighing the same. The thresholds for whole texts are those with the
+best F1 on the same weights: for *flagged* against Controversial + Unsafe, for *unsafe* against Unsafe. The threshold
+for tokens of a stream is the lowest one that cuts at most a stated share of safe dev streams; a flagged token is Unsafe
+when that is the more likely half of what it says.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tidegate.data.mix import lane_of
-from tidegate.evals.metrics import best_threshold, calibrated, expected_calibration_error, fit_calibration
+from tidegate.evals.metrics import Calibration, best_threshold, calibrated, expected_calibration_error, fit_calibration
 from tidegate.evals.run import Judged, judge_all
 from tidegate.evals.streaming import choose_threshold, compose, measure, trace_all
 from tidegate.guards.edge import EdgeGuard
@@ -38,6 +39,7 @@ NEUTRAL: dict[str, Any] = {
     "category_threshold": 0.3,
 }
 """The settings of a guard that was never calibrated."""
+_ALL, _NOTHING = {"prompt": 1.0, "response": 1.0}, {"prompt": 0.0, "response": 0.0}
 
 Progress = Callable[[int, int], None]
 
@@ -93,20 +95,27 @@ async def calibrate(
     Returns:
         The figures: calibration error before and after, thresholds, stream scores on dev.
     """
-    _update(folder, NEUTRAL)
-    guard = EdgeGuard(folder)
-    try:
-        judged = await judge_all(guard, dev, progress)
-    finally:
-        await guard.close()
+    wide = _wide(folder)
+    alone = {"wide": {**wide, "weight": _NOTHING}} if wide else {}
+    judged = await _judged(folder, NEUTRAL | alone, dev, progress)
+    second = None
+    if wide:  # a temperature without end leaves what the n-grams say
+        ngrams = {**NEUTRAL, "temperature": {"prompt": 1e9, "response": 1e9}, "wide": {**wide, "weight": _ALL}}
+        second = await _judged(folder, ngrams, dev, progress)
     settings: dict[str, Any] = {key: dict(value) for key, value in NEUTRAL.items() if isinstance(value, dict)}
+    weights = {}
     figures: dict[str, Any] = {}
     for target in Target:
-        rows = [row for row in judged if row.example.target is target and row.verdict is not None]
-        settings["temperature"][target.value], settings["bias"][target.value], thresholds, figures[target.value] = _fit(
-            rows
+        chosen = [n for n, row in enumerate(judged) if row.example.target is target and row.verdict is not None]
+        fitted, thresholds, figures[target.value] = _fit(
+            [judged[n] for n in chosen], [second[n] for n in chosen] if second else None
         )
+        settings["temperature"][target.value] = fitted.temperature
+        settings["bias"][target.value] = [round(b, 5) for b in fitted.bias]
         settings["thresholds"] = {**settings["thresholds"], target.value: thresholds}
+        weights[target.value] = round(fitted.weight, 4)
+    if wide:
+        settings["wide"] = {**wide, "weight": weights}
     _update(folder, settings)
     guard = EdgeGuard(folder)
     try:
@@ -122,12 +131,31 @@ async def calibrate(
     return figures
 
 
-def _fit(rows: Sequence[Judged]) -> tuple[float, list[float], dict[str, float], dict[str, Any]]:
-    logits = np.log(np.maximum(np.asarray([_by_id(row) for row in rows]), 1e-9))
+async def _judged(
+    folder: Path, settings: dict[str, Any], dev: Sequence[Example], progress: Progress | None
+) -> list[Judged]:
+    """What the guard says of the dev rows under these settings, which stay in its config."""
+    _update(folder, settings)
+    guard = EdgeGuard(folder)
+    try:
+        return await judge_all(guard, dev, progress)
+    finally:
+        await guard.close()
+
+
+def _wide(folder: Path) -> dict[str, Any] | None:
+    section = json.loads((folder / "config.json").read_text(encoding="utf-8"))["tidegate"].get("wide")
+    return None if section is None else {"scale": section["scale"]}
+
+
+def _fit(
+    rows: Sequence[Judged], second: Sequence[Judged] | None
+) -> tuple[Calibration, dict[str, float], dict[str, Any]]:
+    logits, more = _log_probabilities(rows), None if second is None else _log_probabilities(second)
     labels = np.asarray([_ORDER.index(row.example.severity or Severity.SAFE) for row in rows])
     weights = _lane_weights(rows)
-    calibration = fit_calibration(logits, labels, weights)
-    before, after = 1 - np.exp(logits[:, 0]), calibrated(logits, calibration)
+    calibration = fit_calibration(logits, labels, weights, more=more)
+    before, after = 1 - np.exp(logits[:, 0]), calibrated(logits, calibration, more)
     strict = labels != 0
     loose = labels == _ORDER.index(Severity.UNSAFE)
     flagged = best_threshold(strict, 1 - after[:, 0], weights)
@@ -138,7 +166,11 @@ def _fit(rows: Sequence[Judged]) -> tuple[float, list[float], dict[str, float], 
         "calibration_error_before": expected_calibration_error(strict, before),
         "calibration_error_after": expected_calibration_error(strict, 1 - after[:, 0]),
     }
-    return calibration.temperature, [round(b, 5) for b in calibration.bias], thresholds, figures
+    return calibration, thresholds, figures
+
+
+def _log_probabilities(rows: Sequence[Judged]) -> npt.NDArray[np.float64]:
+    return np.asarray(np.log(np.maximum(np.asarray([_by_id(row) for row in rows]), 1e-9)))
 
 
 def _by_id(row: Judged) -> tuple[float, float, float]:

@@ -37,9 +37,12 @@ from tidegate.train.bag import bag_embeddings
 from tidegate.train.batches import Batch, Packed, encode, pack, packed_batches, to_batch
 from tidegate.train.curves import plot_curves
 from tidegate.train.embeddings import spectral_embeddings
+from tidegate.train.wide import train_wide
 from tidegate.types import Example, Role, Severity, Target
 
 __all__ = ["train"]
+
+_WIDE_SCALE = "ngrams.scale.json"
 
 Progress = Callable[[int, int, str], None]
 """Called with trained tokens, tokens in all, and a line of figures."""
@@ -83,6 +86,8 @@ def train(
     _prepare_folder(recipe_path, run, resume)
     examples = load_examples(data, recipe)
     tokenizer = train_tokenizer(recipe, examples, run / "checkpoint" / "tokenizer.json")
+    if recipe.wide:
+        wide_table(recipe, tokenizer, examples, run / "checkpoint")
     model = build_model(recipe, tokenizer, examples, run / "embeddings.npy")
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     trainer = _Trainer(recipe, model.to(where), tokenizer, examples, run, compiled=compiled)
@@ -150,6 +155,16 @@ def build_model(
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.from_numpy(np.load(cache)))
     return model
+
+
+def wide_table(recipe: EdgeRecipe, tokenizer: TextTokenizer, examples: Sequence[Example], checkpoint: Path) -> None:
+    """The table of n-grams of the recipe, in the checkpoint's folder; left as it is when it is already there."""
+    if recipe.wide is None or (checkpoint / _WIDE_SCALE).exists():
+        return
+    mix = Mix((e for e in examples if e.split == "train"), recipe.data.plan(), recipe.seed + 1)
+    values, scale = train_wide(mix, tokenizer, recipe.wide, recipe.template, recipe.loss, seed=recipe.seed)
+    _save_array(checkpoint / "ngrams.npy", values)
+    _whole(checkpoint / _WIDE_SCALE, json.dumps(scale).encode())
 
 
 def _first_embeddings(
@@ -446,6 +461,8 @@ class _Trainer:
         config["tidegate"]["languages"] = list(self.recipe.languages)
         config["tidegate"]["parameters"] = parameter_counts(self.model)[0]
         config["tidegate"]["trained_tokens"] = self.clock.tokens
+        if self.recipe.wide:
+            config["tidegate"]["wide"] = {"scale": json.loads((folder / _WIDE_SCALE).read_text(encoding="utf-8"))}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -44,6 +44,7 @@ _CLIPS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
 _BLOCK = 4096
 _DTYPES = {"F32": np.float32, "F16": np.float16}
 _SHIPPED = ("config.json", "tokenizer.json")
+_WIDE = "ngrams.npy"
 
 
 class Quantized(NamedTuple):
@@ -342,7 +343,7 @@ def _float32(tensor: Mapping[str, Any], name: str) -> Float:
 
 
 def export_onnx(run: Path, out: Path) -> dict[str, Any]:
-    """Write ``model.onnx``, ``config.json`` and ``tokenizer.json`` of a finished run into a folder.
+    """Write ``model.onnx``, ``config.json``, ``tokenizer.json`` and ``ngrams.npy``, if there is one, into a folder.
 
     Args:
         run: the folder of a run, with its ``checkpoint/``; or a checkpoint folder itself.
@@ -364,9 +365,12 @@ def export_onnx(run: Path, out: Path) -> dict[str, Any]:
         raise InputError(f"tensors that have no place in the graph: {sorted(unknown)}", where=str(checkpoint))
     out.mkdir(parents=True, exist_ok=True)
     (out / "model.onnx").write_bytes(_model(graph, shape).SerializeToString(deterministic=True))
-    for name in _SHIPPED:
+    shipped = [*_SHIPPED, *([_WIDE] if config.get("tidegate", {}).get("wide") else [])]
+    for name in shipped:
+        if not (checkpoint / name).is_file():
+            raise InputError(f"there is no {name}, of which the config speaks", where=str(checkpoint))
         shutil.copyfile(checkpoint / name, out / name)
-    sizes = {name: (out / name).stat().st_size for name in ("model.onnx", *_SHIPPED)}
+    sizes = {name: (out / name).stat().st_size for name in ("model.onnx", *shipped)}
     return {
         "bytes": {**sizes, "total": sum(sizes.values())},
         "parameters": int(sum(tensor.size for tensor in tensors.values())),

@@ -136,3 +136,23 @@ def test_twins_share_words(language: str) -> None:
     grammar = module._grammar(language)
     assert all("{x}" in entry for name in ("hate.s", "hate.threat") for entry in grammar[name])
     assert not set(grammar["grp"]) & set(grammar["thing"])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_pairs_name_a_topic_and_hold_both_answers(language: str) -> None:
+    grammar = module._grammar(language)
+    assert grammar["talk"]
+    assert all("{x}" in e for kind in "hb" for e in grammar[f"group.{kind}"])
+    for entry in (*grammar["talk"], *grammar.get("info", ())):
+        topic, _, rest = entry.partition(": ")
+        parts = rest.split(" >> ")
+        assert topic in module._PAIR_TOPICS
+        assert len(parts) == 3
+        assert not parts[2].startswith("! ")
+
+
+def test_pairs_answer_the_same_prompts_both_ways() -> None:
+    rows = [e for e in synthesize(5, 60) if e.extra["family"] in {"response.info", "response.talk"}]
+    assert {e.severity for e in rows} == {Severity.SAFE, Severity.UNSAFE}
+    assert any("\n" in e.conversation.turns[-1].content for e in rows)
+    assert not any(">>" in _text(e) or e.conversation.turns[-1].content.startswith("!") for e in rows)

@@ -39,6 +39,12 @@ def test_evidence_does_not_depend_on_how_the_tokens_are_cut(
     np.testing.assert_array_equal(np.concatenate(parts), TABLE.evidence(target, ids))
 
 
+@given(IDS)
+def test_tokens_one_by_one_say_what_they_say_together(ids: list[int]) -> None:
+    one_by_one = [TABLE.evidence(Target.PROMPT, [token], ids[:at]) for at, token in enumerate(ids)]
+    np.testing.assert_array_equal(np.concatenate(one_by_one), TABLE.evidence(Target.PROMPT, ids))
+
+
 def test_every_ngram_of_tokens_and_characters_is_counted_once() -> None:
     ids = [token.id for token in TOKENS.encode("the quick brown fox")]
     tokens, characters = len(ids), len(" the quick brown fox")

@@ -43,7 +43,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 from tidegate.data.examples import read_examples
-from tidegate.guards.edge import EDGE_FILES, SHIPPED, EdgeGuard
+from tidegate.guards.edge import EDGE_FILES, SHIPPED, WIDE_FILE, EdgeGuard
 from tidegate.types import Conversation, Severity, TokenVerdict
 
 STREAMS = (1, 4, 16, 64)
@@ -237,8 +237,9 @@ def dynamic_int8(folder: Path, out: Path) -> Path:
         weight_type=QuantType.QInt8,
         extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
     )
-    for name in EDGE_FILES[1:]:
-        shutil.copyfile(folder / name, out / name)
+    for name in (*EDGE_FILES[1:], WIDE_FILE):
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, out / name)
     return out
 
 

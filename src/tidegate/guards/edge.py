@@ -28,7 +28,7 @@ from tidegate.model.tokens import CONTROL_TOKENS, IncrementalTokens, TextTokeniz
 from tidegate.model.wide import COLUMNS, LEFT, NgramHasher, WideTable
 from tidegate.types import Conversation, Role, Severity, Span, Target, TokenVerdict, Turn, Verdict, worst
 
-__all__ = ["EDGE_FILES", "SHIPPED", "EdgeGuard", "EdgeSession"]
+__all__ = ["EDGE_FILES", "SHIPPED", "WIDE_FILE", "EdgeGuard", "EdgeSession"]
 
 SHIPPED: Final = Path(__file__).parent / "edge_model"
 """The model in the wheel."""

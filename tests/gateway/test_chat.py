@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from typing import Any
 
 import httpx
@@ -117,6 +118,42 @@ async def test_the_async_client_streams(gateway: Gateway, upstream: FakeUpstream
 
 
 # --- blocked answers ----------------------------------------------------------------------------------------------
+
+
+class Doors:
+    """An upstream that remembers from which ports it was called."""
+
+    def __init__(self, upstream: FakeUpstream) -> None:
+        self.upstream = upstream
+        self.callers: list[int] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            self.callers.append(scope["client"][1])
+        await self.upstream(scope, receive, send)
+
+
+def test_answers_that_end_by_themselves_leave_their_connection_to_the_next() -> None:
+    doors = Doors(FakeUpstream(Reply.stream(*text_chunks(["Hello", " there."]))))
+    with serving(doors) as upstream_url:
+        app = create_app(guard=FakeStreamGuard(), policy=make_policy(), upstream_url=upstream_url)
+        with serving(app) as url, OpenAI(base_url=f"{url}/v1", api_key="sk", max_retries=0) as client:
+            for _ in range(3):
+                assert streamed(client)[0] == {0: "Hello there."}
+                wait_until(lambda: doors.upstream.open_requests == 0, "the upstream to finish")
+                time.sleep(0.05)
+    assert len(doors.callers) == 3
+    assert len(set(doors.callers)) == 1
+
+
+def test_an_answer_that_goes_on_after_its_end_is_given_up() -> None:
+    endless = Reply.stream(*text_chunks(["Hello."]), b"data: [DONE]\n\n", *([b": more\n\n" * 500] * 20), Hang())
+    upstream = FakeUpstream(endless)
+    with serving(upstream) as upstream_url:
+        app = create_app(guard=FakeStreamGuard(), policy=make_policy(), upstream_url=upstream_url)
+        with serving(app) as url, OpenAI(base_url=f"{url}/v1", api_key="sk", max_retries=0) as client:
+            assert streamed(client)[0] == {0: "Hello."}
+            wait_until(lambda: upstream.received[0].cancelled, "the upstream to see that nobody reads")
 
 
 def test_an_unsafe_stream_is_cut_before_its_harm(client: OpenAI, gateway: Gateway, upstream: FakeUpstream) -> None:

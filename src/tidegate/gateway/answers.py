@@ -297,6 +297,7 @@ class AnswerStream:
 
     Attributes:
         done: whether all is said: what comes from the upstream after that is of no use.
+        complete: whether the upstream itself said that it has no more to say.
         error: what went wrong with the upstream; None when nothing did.
         decisions: the decision on each choice that has ended, in the order in which they ended.
         released: how many characters of text went out.
@@ -304,6 +305,7 @@ class AnswerStream:
 
     def __init__(self, judging: Judging, *, choices: int = 1, wants_usage: bool = False) -> None:
         self.done = False
+        self.complete = False
         self.error: UpstreamError | None = None
         self.decisions: list[Decision] = []
         self.released = 0
@@ -334,12 +336,11 @@ class AnswerStream:
         Raises:
             StoreError: when a decision could not be kept.
         """
-        complete = False
         error: UpstreamError | None = None
         try:
             for content in self._reader.feed(data):
-                complete = content.strip() == b"[DONE]"
-                if complete:
+                self.complete = content.strip() == b"[DONE]"
+                if self.complete:
                     break
                 self._take(content)
         except UpstreamError as failed:
@@ -347,7 +348,7 @@ class AnswerStream:
         except RecursionError:
             error = UpstreamError("the upstream sent an event that is nested too deep")
         sent = await self._advance()
-        if (complete or error is not None) and not self.done:
+        if (self.complete or error is not None) and not self.done:
             sent += await self._end(error)
         return sent
 

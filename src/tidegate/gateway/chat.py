@@ -279,7 +279,8 @@ class _Exchange:
                     telemetry.held.inc(stream.held - held)
                     held = stream.held
                     if stream.done:
-                        answer.close()
+                        if not stream.complete:
+                            answer.close()
                         await self._settle()
                     if data:
                         await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -293,6 +294,8 @@ class _Exchange:
         if stream.error is not None:
             self._count_error(stream.error)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if stream.complete:
+            await answer.leave()
 
     def _count_error(self, error: TidegateError) -> None:
         if isinstance(error, UpstreamError):

@@ -6,6 +6,7 @@ Says in our own errors what went wrong, and shows nothing of the upstream's head
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator
@@ -22,6 +23,10 @@ from tidegate.gateway.statuses import Problem
 __all__ = ["Upstream", "UpstreamAnswer", "base_of"]
 
 LONGEST_ERROR: Final = 64 * 1024
+_LEAVE_S: Final = 0.25
+_LONGEST_REST: Final = 16 * 1024
+_KEEP_ALIVE_S: Final = 1.5
+"""Shorter than servers keep idle connections: a request on one that the server just closed would fail."""
 
 _MESSAGES: Final = {
     400: "the upstream cannot use this request",
@@ -118,6 +123,20 @@ class UpstreamAnswer:
         """Break off at once; the upstream sees that nobody listens any more."""
         self._response.close()
 
+    async def leave(self) -> None:
+        """All that matters was read: read the little that may follow, so that the connection can serve others.
+
+        It is given up when more follows, or when the end does not come soon.
+        """
+        rest = 0
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+            async with asyncio.timeout(_LEAVE_S):
+                async for piece in self._response.content.iter_any():
+                    rest += len(piece)
+                    if rest > _LONGEST_REST:
+                        break
+        self.close()
+
     async def _read(self, longest: int) -> bytes:
         parts: list[bytes] = []
         size = 0
@@ -174,7 +193,7 @@ class Upstream:
         """Make the client; needs a running event loop."""
         self._client = aiohttp.ClientSession(
             timeout=self._timeout,
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             headers={"user-agent": f"tidegate/{__version__}", "accept-encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,

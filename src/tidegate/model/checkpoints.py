@@ -6,13 +6,14 @@ Risk ids are not in order of severity: they are read from the config, never assu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tidegate.errors import InputError
-from tidegate.types import Category, Severity
+from tidegate.types import CATEGORIES, Category, Severity
 
-__all__ = ["SHORT_NAMES", "category_order", "long_name", "risk_order"]
+__all__ = ["SHORT_NAMES", "HeadLabels", "category_order", "head_labels", "long_name", "risk_order"]
 
 SHORT_NAMES: Mapping[str, str] = {
     Category.SEXUAL.value: "Sexual Content",
@@ -65,6 +66,53 @@ def category_order(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
     names = tuple(long_name(label) for label in _labels(config, field))
     if len(set(names)) != len(names):
         raise InputError("a category is named twice", where=f"config.{field}")
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLabels:
+    """What each id of the four heads means.
+
+    Attributes:
+        risk: severity of each id of the response's risk head; a permutation of the three.
+        category: long name of each id of the response's category head.
+        query_risk: as ``risk``, for prompts.
+        query_category: as ``category``, for prompts.
+    """
+
+    risk: tuple[Severity, ...]
+    category: tuple[str, ...]
+    query_risk: tuple[Severity, ...]
+    query_category: tuple[str, ...]
+
+
+def head_labels(config: Mapping[str, Any], *, custom: Collection[str] = ()) -> HeadLabels:
+    """Read and check the four label maps.
+
+    Args:
+        config: the config of a checkpoint.
+        custom: names of categories that are allowed beside the nine official ones.
+
+    Raises:
+        InputError: names the map and what is wrong with it: missing, ids that are not 0 to n - 1, a severity that is
+            missing, twice or unknown, a category that is twice or unknown.
+    """
+    return HeadLabels(
+        risk=risk_order(config, "response_risk_level_map"),
+        category=_known_categories(config, "response_category_map", custom),
+        query_risk=risk_order(config, "query_risk_level_map"),
+        query_category=_known_categories(config, "query_category_map", custom),
+    )
+
+
+def _known_categories(config: Mapping[str, Any], field: str, custom: Collection[str]) -> tuple[str, ...]:
+    names = category_order(config, field)
+    for index, name in enumerate(names):
+        if name not in CATEGORIES and name not in custom:
+            raise InputError(
+                f"unknown category {name!r}: expected an official one or one that is named as custom",
+                where=f"config.{field}.{index}",
+            )
     return names
 
 

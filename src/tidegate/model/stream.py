@@ -9,17 +9,29 @@ they are; the backbone is transformers' own, at any size. Method: Qwen3Guard Tec
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3Model, Qwen3PreTrainedModel
+from torch.nn import functional as F  # noqa: N812
+from transformers import AttentionInterface, Qwen3Config, Qwen3Model, Qwen3PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from tidegate.model.checkpoints import SHORT_NAMES
 from tidegate.types import PROMPT_CATEGORIES, RESPONSE_CATEGORIES, Severity
 
-__all__ = ["Qwen3ForGuardModel", "StreamLogits", "label_maps", "stream_config"]
+__all__ = [
+    "GROUPED_ATTENTION",
+    "Qwen3ForGuardModel",
+    "StreamLogits",
+    "attention_mask_for",
+    "grouped_attention",
+    "label_maps",
+    "stream_config",
+]
+
+GROUPED_ATTENTION = "tidegate_grouped"
+"""The name under which `grouped_attention` is known to transformers."""
 
 OFFICIAL_RISK_ORDER = (Severity.SAFE, Severity.UNSAFE, Severity.CONTROVERSIAL)
 """The id order of the released risk heads, which is not the order of severity."""
@@ -131,10 +143,67 @@ class Qwen3ForGuardModel(Qwen3PreTrainedModel):  # type: ignore[misc,unused-igno
         boolean mask ``[batch, 1, positions, positions]`` says who sees whom, for several texts in one row, which then
         need ``position_ids`` of their own.
         """
+        if attention_mask is not None:
+            attention_mask = attention_mask_for(self.config, attention_mask, self.dtype)
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
         return self.heads(output.last_hidden_state)
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention that never repeats keys: queries of one group are rows of one product.
+
+    For use through transformers, by the name of `GROUPED_ATTENTION`. Method: Ainslie et al. 2023, "GQA: Training
+    Generalized Multi-Query Transformer Models from Multi-Head Checkpoints".
+
+    Args:
+        query: ``[batch, heads, positions, head_dim]``; the last positions of those that ``key`` has.
+        key, value: ``[batch, key_heads, all positions, head_dim]``.
+        attention_mask: boolean, ``[batch or 1, 1, positions, all positions]``, true where a position is seen. None
+            means causal, for one position or for all of them.
+
+    Returns:
+        ``[batch, positions, heads, head_dim]``, and None.
+    """
+    batch, heads, positions, size = query.shape
+    groups = heads // key.shape[1]
+    if attention_mask is None and positions > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, is_causal=True)
+        return out.transpose(1, 2), None
+    if attention_mask is not None:
+        attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    rows = query.reshape(batch, key.shape[1], groups * positions, size)
+    out = F.scaled_dot_product_attention(rows, key, value, attention_mask, dropout_p=dropout, scale=scaling)
+    return out.reshape(batch, heads, positions, size).transpose(1, 2), None
+
+
+AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
+
+
+def attention_mask_for(config: Qwen3Config, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as the attention of this config wants it.
+
+    Eager attention adds its mask to the scores: a boolean one would leave what is hidden in sight.
+
+    Args:
+        seen: boolean, ``[batch or 1, 1, positions, all positions]``, true where a position is seen; a mask that is not
+            boolean is given back as it is.
+        dtype: of the model.
+    """
+    if config._attn_implementation != "eager" or seen.dtype != torch.bool:
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

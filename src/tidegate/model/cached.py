@@ -1,0 +1,154 @@
+"""One text through a Stream model, each of its tokens computed once.
+
+The keys and values of every position are kept, so that what arrives later costs only its own positions; the result at
+every position equals that of one causal forward over the whole text, however it was cut (within rounding). Positions
+can be taken back from the end, for tokens that turned out otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tidegate.errors import InputError, SessionClosed
+from tidegate.model.stream import Qwen3ForGuardModel, StreamLogits, attention_mask_for
+
+__all__ = ["CachedText", "probabilities"]
+
+_BLOCK: Final = 128
+"""Room for keys and values is taken in multiples of so many positions."""
+_CHUNK: Final = 512
+"""So many positions are computed at once: bounds the memory of one forward."""
+
+
+class CachedText:
+    """The keys and values of one text, and what is needed to go on with it. One call at a time.
+
+    Memory: 2 * layers * key_heads * head_dim values per position, for at most a quarter more positions than were ever
+    held at once (and at least 128).
+
+    Args:
+        model: in ``eval`` mode; with attention ``sdpa``, ``eager`` or `GROUPED_ATTENTION`.
+        room: how many positions to make room for at the beginning; it grows when more come.
+    """
+
+    def __init__(self, model: Qwen3ForGuardModel, *, room: int = 0) -> None:
+        self._model = model
+        self._cache: _KeysAndValues | None = _KeysAndValues(model.config.num_hidden_layers, room)
+
+    @property
+    def length(self) -> int:
+        """How many positions are held."""
+        return self._open().length
+
+    def append(self, ids: Sequence[int] | Tensor) -> StreamLogits:
+        """Compute the next tokens.
+
+        Args:
+            ids: at least one token id, a list or an int64 tensor ``[positions]``.
+
+        Returns:
+            The logits of the new positions, each ``[positions, classes]``, in the dtype and on the device of the model.
+
+        Raises:
+            InputError: when there is no id, or one that the model does not have; nothing is taken then.
+            SessionClosed: after ``close``.
+        """
+        cache, before = self._open(), self.length
+        tokens = self._checked(ids)
+        try:
+            with torch.inference_mode():
+                parts = [self._step(cache, part) for part in tokens.to(self._model.device).split(_CHUNK)]
+        except BaseException:
+            cache.length = before
+            raise
+        return StreamLogits(*(torch.cat(head) for head in zip(*parts, strict=True)))
+
+    def crop(self, length: int) -> None:
+        """Forget every position from ``length`` on.
+
+        Raises:
+            InputError: when ``length`` is negative or more than is held.
+            SessionClosed: after ``close``.
+        """
+        cache = self._open()
+        if not 0 <= length <= cache.length:
+            raise InputError(f"expected 0 to {cache.length}", where="length")
+        cache.length = length
+
+    def close(self) -> None:
+        """Free the memory; safe to call any number of times."""
+        self._cache = None
+
+    def _open(self) -> _KeysAndValues:
+        if self._cache is None:
+            raise SessionClosed("the text is closed")
+        return self._cache
+
+    def _checked(self, ids: Sequence[int] | Tensor) -> Tensor:
+        tokens = torch.as_tensor(ids)
+        if tokens.ndim != 1 or not len(tokens) or tokens.dtype not in (torch.int64, torch.int32):
+            raise InputError("expected one or more token ids in a row", where="ids")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self._model.config.vocab_size:
+            raise InputError(f"expected token ids from 0 to {self._model.config.vocab_size - 1}", where="ids")
+        return tokens.long()
+
+    def _step(self, cache: _KeysAndValues, ids: Tensor) -> StreamLogits:
+        before, new = cache.length, len(ids)
+        positions = torch.arange(before, before + new, device=ids.device)
+        mask = None
+        if new > 1 and (before or self._model.config._attn_implementation == "eager"):
+            seen = torch.arange(before + new, device=ids.device) <= positions[:, None]
+            mask = attention_mask_for(self._model.config, seen[None, None], self._model.dtype)
+        output = self._model.model(
+            input_ids=ids[None],
+            attention_mask={"full_attention": mask},
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.length = before + new
+        return StreamLogits(*(head[0] for head in self._model.heads(output.last_hidden_state)))
+
+
+class _KeysAndValues:
+    """What the layers of transformers ask of a cache: to put new keys and values behind those of before."""
+
+    is_compileable = False
+
+    def __init__(self, layers: int, room: int) -> None:
+        self._room = room
+        self._layers: list[Tensor | None] = [None] * layers
+        self.length = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of new positions, each ``[1, key_heads, positions, head_dim]``; gives those of all."""
+        end = self.length + keys.shape[2]
+        held = self._with_room(layer_idx, end, keys)
+        held[0, :, :, self.length : end] = keys
+        held[1, :, :, self.length : end] = values
+        return held[0, :, :, :end], held[1, :, :, :end]
+
+    def _with_room(self, layer: int, end: int, like: Tensor) -> Tensor:
+        held = self._layers[layer]
+        if held is not None and held.shape[3] >= end:
+            return held
+        room = max(end + end // 4, self._room) if held is not None else max(end, self._room)
+        room = -(-room // _BLOCK) * _BLOCK
+        _, heads, _, size = like.shape
+        larger = torch.zeros((2, 1, heads, room, size), dtype=like.dtype, device=like.device)
+        if held is not None:
+            larger[:, :, :, : self.length] = held[:, :, :, : self.length]
+        self._layers[layer] = larger
+        return larger
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension, in float32."""
+    return torch.softmax(logits.float(), dim=-1)

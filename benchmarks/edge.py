@@ -8,7 +8,8 @@ Everything runs in one process on one core, in turns: streaming with 1, 4, 16 an
 token and in pieces of four words), whole texts, and single checks of 100 tokens. TF-IDF with logistic regression and
 alt-profanity-check judge the same texts; on a stream they read the whole prefix again at each token, because they have
 nothing else. At last the same weights are run with dynamic int8 activations, to show what computing in fp32 costs in
-speed and what it saves: verdicts that do not depend on how a text was cut.
+speed and what it saves: verdicts that do not depend on how a text was cut; and without the table of n-grams, to show
+what that costs.
 
 Two clocks: the wall clock, and the processor time of this process: what one core could do on a quiet machine.
 Results go to ``benchmarks/results/edge-DATE.json``. Speeds of baselines trained on synthetic words are theirs; their
@@ -48,6 +49,7 @@ from tidegate.types import Conversation, Severity, TokenVerdict
 
 STREAMS = (1, 4, 16, 64)
 CHECK_TOKENS = 100
+VARIANTS = {"edge_dynamic_int8": "dynamic int8", "edge_without_ngrams": "without n-grams"}
 RESULTS = Path(__file__).parent / "results"
 SPOKEN = (
     "the of and to in is that for it with as was on be by this are from at or an have not they which you we can has "
@@ -243,6 +245,15 @@ def dynamic_int8(folder: Path, out: Path) -> Path:
     return out
 
 
+def without_ngrams(folder: Path, out: Path) -> Path:
+    """The same guard without its table of n-grams."""
+    shutil.copytree(folder, out)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config["tidegate"]["wide"] = None
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return out
+
+
 async def dependence(guard: EdgeGuard, texts: Sequence[str]) -> dict[str, float]:
     """The largest difference of a probability between ways to give the same text, and labels that changed."""
     context = Conversation.of(written(30, guard, 999))
@@ -323,10 +334,12 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
         )
         found[f"{name}: whole texts"] = ours["whole_texts"]["per_cpu_second"] / theirs["whole_texts"]["per_cpu_second"]
         found[f"{name}: one stream, a verdict at each token"] = one / theirs["stream_of_100_tokens"]["per_cpu_second"]
-    other = results["edge_dynamic_int8"]
-    for a, b in zip(ours["streaming"][: len(STREAMS)], other["streaming"], strict=False):
-        found[f"dynamic int8: {a['streams']} streams token by token"] = a["per_cpu_second"] / b["per_cpu_second"]
-    found["dynamic int8: whole texts"] = ours["whole_texts"]["per_cpu_second"] / other["whole_texts"]["per_cpu_second"]
+    for name, words in VARIANTS.items():
+        other = results[name]
+        for a, b in zip(ours["streaming"][: len(STREAMS)], other["streaming"], strict=False):
+            found[f"{words}: {a['streams']} streams token by token"] = a["per_cpu_second"] / b["per_cpu_second"]
+        whole = ours["whole_texts"]["per_cpu_second"] / other["whole_texts"]["per_cpu_second"]
+        found[f"{words}: whole texts"] = whole
     return {name: round(value, 3) for name, value in found.items()}
 
 
@@ -346,6 +359,9 @@ async def run(folder: Path, train: Path | None, *, quick: bool) -> dict[str, Any
         print("the same weights with dynamic int8 activations", flush=True)
         async with EdgeGuard(dynamic_int8(folder, Path(scratch) / "int8")) as dynamic:
             results["edge_dynamic_int8"] = await of_guard(dynamic, texts, rounds=rounds)
+        print("the same guard without its table of n-grams", flush=True)
+        async with EdgeGuard(without_ngrams(folder, Path(scratch) / "plain")) as plain:
+            results["edge_without_ngrams"] = await of_guard(plain, texts, rounds=rounds)
     return results
 
 
@@ -370,7 +386,7 @@ def main() -> None:
     out = arguments.out or RESULTS / f"edge-{now:%Y-%m-%d}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name in ("edge", "edge_dynamic_int8", "tfidf_logistic_regression", "alt_profanity_check"):
+    for name in ("edge", *VARIANTS, "tfidf_logistic_regression", "alt_profanity_check"):
         check, whole = results[name]["check_100_tokens"], results[name]["whole_texts"]
         print(f"{name}: a check of 100 tokens P50 {check['p50_ms']} ms, P99 {check['p99_ms']} ms, "
               f"{check['cpu_ms']} ms of processor; whole texts {whole['per_second']:.0f} tokens/s")  # fmt: skip

@@ -1,4 +1,7 @@
-"""Guards by name: ``load_guard("edge")`` is the one in the wheel, ``edge:FOLDER`` one of your own training."""
+"""Guards by name: ``load_guard("edge")`` is the one in the wheel, ``edge:FOLDER`` one of your own training.
+
+``cascade:FIRST,SECOND`` asks a second guard where the first is not sure; ``cascade:FILE`` says when, as data.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from tidegate.guards.base import Guard, Session, StreamGuard
 
 __all__ = ["Guard", "GuardRow", "Session", "StreamGuard", "list_guards", "load_guard"]
 
-_SPECS: Final = "expected edge, or edge:FOLDER with a folder that tidegate export wrote"
-_LATER: Final = ("gen", "stream", "remote", "cascade")
+_SPECS: Final = "expected edge, or edge:FOLDER with a folder that tidegate export wrote, or cascade:FIRST,SECOND"
+_LATER: Final = ("gen", "stream", "remote")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ def load_guard(spec: str = "edge", *, threads: int = 1) -> StreamGuard:
     """Load a guard into memory.
 
     Args:
-        spec: ``edge`` for the shipped one, ``edge:FOLDER`` for another folder with model, tokenizer and config.
+        spec: ``edge`` for the shipped one, ``edge:FOLDER`` for another folder with model, tokenizer and config;
+            ``cascade:FIRST,SECOND`` with the specs of two guards, or ``cascade:FILE`` with a YAML or JSON file.
         threads: how many threads one run of the model may use.
 
     Raises:
@@ -50,8 +54,12 @@ def load_guard(spec: str = "edge", *, threads: int = 1) -> StreamGuard:
     kind, _, rest = spec.partition(":")
     if kind in _LATER:
         raise GuardUnavailable(f"{kind}: guards are not in this version: {_SPECS}")
-    if kind != "edge" or (":" in spec and not rest):
+    if kind not in ("edge", "cascade") or (":" in spec and not rest):
         raise InputError(f"unknown guard {spec!r}: {_SPECS}", where="guard")
+    if kind == "cascade":
+        from tidegate.guards.cascade import load_cascade
+
+        return load_cascade(rest, lambda part: load_guard(part, threads=threads))
     from tidegate.guards.edge import EdgeGuard
 
     return EdgeGuard(Path(rest) if rest else None, threads=threads)

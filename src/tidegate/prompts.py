@@ -157,6 +157,16 @@ class Form:
         )
 
     @property
+    def fixed_beginning(self) -> Prompt:
+        """What prompts begin with whose conversation begins with a system's or a user's turn."""
+        return Prompt((Segment(self.opening + "USER:", False),))
+
+    @property
+    def heads(self) -> str:
+        """The heads of the lines, for messages."""
+        return ", ".join(f"'{line.head}'" for line in self.lines)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Every category that an answer may name."""
         return self.categories + self.other_categories
@@ -171,7 +181,7 @@ class Form:
         """
         lines = answer.strip().split("\n")
         if len(lines) != len(self.lines):
-            raise UnreadableVerdict(f"expected the {len(self.lines)} lines {self._heads()}, got {len(lines)}")
+            raise UnreadableVerdict(f"expected the {len(self.lines)} lines {self.heads}, got {len(lines)}")
         return self._answer(lines)
 
     def read(self, answer: str) -> Answer:
@@ -287,9 +297,6 @@ class Form:
                 return f"'{line.head} {NONE}', or names of categories with ', ' between them"
             case kind:
                 return " or ".join(f"'{line.head} {word}'" for word in _WORDS[kind])
-
-    def _heads(self) -> str:
-        return ", ".join(f"'{line.head}'" for line in self.lines)
 
     def _line_words(self, line: Line) -> tuple[str, ...]:
         """The lines that a line of fixed words can be; () for others."""

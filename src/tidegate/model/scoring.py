@@ -1,0 +1,419 @@
+"""Gen checkpoints: the answer of greedy decoding, and the probabilities at its choices, in one or two forward passes.
+
+A Gen guard answers in few fixed lines (`tidegate.prompts`). Behind a prompt, one pass computes every likely beginning
+of the answer as a tree of tokens; the answer is read off along the most probable tokens. What is read is what greedy
+decoding would say, token by token; where it leaves the tree it is followed one token at a time, and where it leaves the
+form there is no verdict. The probability of a severity is that of its whole sequence of tokens.
+
+The fixed beginning of a prompt is computed once. Prompts of similar length are computed together; nothing of one
+reaches another, though a model may round differently in company (far below 1e-4 in float32, visibly in bfloat16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict
+from tidegate.model.draft_tree import ROOT, DraftTree
+from tidegate.model.prompt_tokens import PromptTokenizer
+from tidegate.prompts import Form, LineKind, Prompt
+
+__all__ = ["FLOOR", "GenModel", "Scores"]
+
+FLOOR: Final = 0.1
+"""The least probability that the three severities must have together: with less, a model guesses and does not answer
+in the form, even if its likeliest token happens to be of it."""
+
+_MOST_ANSWER: Final = 512
+"""Tokens after which an answer that has not come to an end is given up."""
+_CHUNK: Final = 1024
+"""Most positions of one prompt in one pass: a mask of more would be large."""
+_ROOM: Final = 128
+"""Columns of the cache beside those of the prompts: for two trees, or for one and the steps of a reason."""
+_LOGIT_ROWS: Final = 64
+"""Positions whose logits are computed at once: each has as many as there are tokens."""
+_ENDS: Final = ("<|im_end|>", "<|endoftext|>")
+_TYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a model answers to one prompt.
+
+    Attributes:
+        answer: the text, as far as it is needed: see `Form.complete` and `Form.read`.
+        words: for each kind of line with words to choose from, the probability of each of them where the line was first
+            reached. They add up to less than 1 where other tokens have a share.
+    """
+
+    answer: str
+    words: Mapping[LineKind, Mapping[str, float]]
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """One prompt and its answer so far."""
+
+    form: Form
+    pending: list[int]
+    length: int = 0
+    answer: list[int] = field(default_factory=list)
+    text: str = ""
+    words: dict[LineKind, Mapping[str, float]] = field(default_factory=dict)
+    outcome: Scores | UnreadableVerdict | None = None
+
+
+class GenModel:
+    """A causal language model of Qwen3 shape and its tokenizer. One call at a time.
+
+    Args:
+        model: as ``AutoModelForCausalLM`` loads it, in evaluation mode.
+        tokenizer: of the same checkpoint.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PromptTokenizer) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._device = model.get_input_embeddings().weight.device
+        self._ends = _end_ids(model, tokenizer)
+        self._prefixes: dict[str, _Prefix] = {}
+        self.longest: int = model.config.max_position_embeddings
+        """Most tokens of a prompt."""
+
+    @classmethod
+    def load(cls, name: str, *, dtype: str | None = None, device: str = "cpu") -> GenModel:
+        """Load a checkpoint: no code of its own is run.
+
+        Args:
+            name: a folder, or the name of a repository on the hub, which is then fetched.
+            dtype: ``float32``, ``bfloat16`` or ``float16``; None for that of the checkpoint.
+            device: where to compute, as torch names it.
+
+        Raises:
+            InputError: when there is no such type.
+            GuardUnavailable: when the checkpoint cannot be loaded or is not of Qwen3 shape; says what is wrong.
+        """
+        if dtype is not None and dtype not in _TYPES:
+            raise InputError(f"expected one of {', '.join(_TYPES)}", where="dtype")
+        try:
+            return cls(_load_model(name, _TYPES.get(dtype or "", "auto"), device), _load_tokenizer(name))
+        except GuardUnavailable:
+            raise
+        except Exception as error:  # the libraries raise dozens of kinds
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise GuardUnavailable(f"{name} cannot be loaded as a Gen guard: {why}") from error
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt. Safe to call from any thread, also while `score` runs."""
+        return self._tokenizer.ids(prompt)
+
+    def score(self, form: Form, prompts: Sequence[Sequence[int]]) -> list[Scores | UnreadableVerdict]:
+        """The answers to prompts of one form, computed together; a failure is given in place of an answer.
+
+        Args:
+            form: with which the prompts were made.
+            prompts: ids of each, at most `longest`.
+        """
+        if not prompts:
+            return []
+        with torch.inference_mode():
+            batch = self._begin(form, prompts)
+            while batch.rows:
+                self._advance(batch)
+                batch.drop_finished()
+        return [row.outcome or UnreadableVerdict("no answer") for row in batch.every]
+
+    def _begin(self, form: Form, prompts: Sequence[Sequence[int]]) -> _Batch:
+        prefix = self._prefix(form)
+        shared = min(_common(prefix.ids, ids) for ids in prompts)
+        batch = _Batch(
+            [_Row(form, list(ids[shared:]), shared) for ids in prompts],
+            _Columns(self._model, len(prompts), max(map(len, prompts)) + _ROOM),
+        )
+        batch.columns.put(prefix, shared)
+        while (longest := max(len(row.pending) for row in batch.rows)) > _CHUNK:
+            taken = [min(_CHUNK, len(row.pending) - 1) for row in batch.rows]
+            self._forward(batch, [row.pending[:count] for row, count in zip(batch.rows, taken, strict=True)], None)
+            for row, count in zip(batch.rows, taken, strict=True):
+                row.pending = row.pending[count:]
+                row.length += count
+            assert max(len(row.pending) for row in batch.rows) < longest
+        return batch
+
+    def _prefix(self, form: Form) -> _Prefix:
+        """What all prompts of a form begin with, computed once."""
+        known = self._prefixes.get(form.opening)
+        if known is None:
+            ids = self._tokenizer.ids(form.fixed_beginning)
+            columns = _Columns(self._model, 1, len(ids))
+            self._run(columns, [ids], torch.arange(len(ids))[None], torch.ones(len(ids), len(ids)).bool().tril()[None])
+            known = self._prefixes[form.opening] = _Prefix(tuple(ids), columns.layers)
+        return known
+
+    def _advance(self, batch: _Batch) -> None:
+        """One pass over what is pending and the tree behind it, and as much of the answer as can be read from it."""
+        rows = batch.rows
+        trees = [DraftTree(row.form.drafts(row.text), self._tokenizer.part) for row in rows]
+        first = batch.columns.used
+        hidden = self._forward(batch, [row.pending for row in rows], trees)
+        places = [
+            (index, [len(row.pending) - 1, *range(len(row.pending), len(row.pending) + len(tree.computed))])
+            for index, (row, tree) in enumerate(zip(rows, trees, strict=True))
+        ]
+        asked = torch.cat([hidden[index, place] for index, place in places])
+        best, log_probabilities = self._read(asked, trees)
+        for index, (row, tree) in enumerate(zip(rows, trees, strict=True)):
+            behind = first + len(row.pending)
+            row.length += len(row.pending)
+            if tree.kind is not None and tree.kind not in row.words:
+                row.words[tree.kind] = tree.word_probabilities(log_probabilities[index])
+            for accepted in self._walk(row, tree, best[index]):
+                batch.columns.seen[index, behind + accepted] = True
+                row.length += 1
+
+    def _forward(self, batch: _Batch, pending: Sequence[list[int]], trees: Sequence[DraftTree] | None) -> Tensor:
+        """Hidden states ``[rows, positions, hidden_size]`` of pending tokens and, behind them, of trees."""
+        trees = trees or [DraftTree((), self._tokenizer.part) for _ in pending]
+        ids = [[*left, *(t.tokens[n] for n in t.computed)] for left, t in zip(pending, trees, strict=True)]
+        width = max(map(len, ids))
+        positions = torch.zeros(len(ids), width, dtype=torch.int64)
+        masks = torch.zeros(len(ids), width, width, dtype=torch.bool)
+        for index, (row, left, tree) in enumerate(zip(batch.rows, pending, trees, strict=True)):
+            depths = [*range(len(left)), *(len(left) - 1 + tree.depths[node] for node in tree.computed)]
+            positions[index, : len(depths)] = torch.tensor(depths, dtype=torch.int64) + row.length
+            masks[index] = _mask(len(left), tree, width)
+        columns = batch.columns
+        first = columns.used
+        seen = columns.seen[:, None, :first].expand(-1, width, -1)
+        hidden = self._run(columns, ids, positions, torch.cat([seen, masks], dim=2))
+        for index, left in enumerate(pending):
+            columns.seen[index, first : first + len(left)] = True
+        return hidden
+
+    def _run(self, columns: _Columns, ids: Sequence[Sequence[int]], positions: Tensor, mask: Tensor) -> Tensor:
+        """One pass: ids are padded at their end; ``mask`` is ``[rows, positions, columns]``, true where one is seen."""
+        width = positions.shape[1]
+        padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
+        columns.make_room(width)
+        output = self._model.base_model(
+            input_ids=padded.to(self._device),
+            attention_mask=mask[:, None].to(self._device),
+            position_ids=positions.to(self._device),
+            past_key_values=columns,
+            use_cache=True,
+        )
+        columns.used += width
+        return output.last_hidden_state
+
+    def _read(self, hidden: Tensor, trees: Sequence[DraftTree]) -> tuple[list[dict[int, int]], list[list[float]]]:
+        """For each tree, the most probable token behind each computed node, and each node's log-probability."""
+        best: list[int] = []
+        wanted, tokens = [], []
+        nodes = [(tree, node) for tree in trees for node in (ROOT, *tree.computed)]
+        for place, (tree, node) in enumerate(nodes):
+            wanted += [place] * len(tree.children[node])
+            tokens += list(tree.children[node])
+        found: list[float] = []
+        at, wanted_ids, token_ids = 0, torch.tensor(wanted, dtype=torch.int64), torch.tensor(tokens, dtype=torch.int64)
+        for start in range(0, len(nodes), _LOGIT_ROWS):
+            logits = self._model.get_output_embeddings()(hidden[start : start + _LOGIT_ROWS]).float()
+            best += logits.argmax(dim=-1).tolist()
+            here = (wanted_ids >= start) & (wanted_ids < start + _LOGIT_ROWS)
+            rows, columns = (wanted_ids[here] - start).to(logits.device), token_ids[here].to(logits.device)
+            found += (logits[rows, columns] - logits.logsumexp(dim=-1)[rows]).tolist()
+        log_probabilities = []
+        each = iter(best)
+        choices = [{node: next(each) for node in (ROOT, *tree.computed)} for tree in trees]
+        for tree in trees:
+            of_tree = [0.0] * len(tree.tokens)
+            for node in (ROOT, *tree.computed):
+                for child in tree.children[node].values():
+                    of_tree[child] = found[at]
+                    at += 1
+            log_probabilities.append(of_tree)
+        return choices, log_probabilities
+
+    def _walk(self, row: _Row, tree: DraftTree, best: Mapping[int, int]) -> list[int]:
+        """Follow the most probable tokens as far as they are known; returns which computed nodes lie on the way."""
+        places = {node: place for place, node in enumerate(tree.computed)}
+        accepted: list[int] = []
+        node = ROOT
+        while True:
+            token = best[node]
+            if token in self._ends:
+                self._finish(row, row.text + "\n", ended=True)
+                return accepted
+            child = tree.children[node].get(token)
+            row.answer.append(token)
+            text = self._tokenizer.text(row.answer)
+            if child is None and not (self._tokenizer.is_text(token) and row.form.can_become(text)):
+                row.outcome = UnreadableVerdict(f"the model does not answer in the lines {row.form.heads}")
+                return accepted
+            row.text = text
+            if row.form.complete(text):
+                self._finish(row, text, ended=False)
+                return accepted
+            if len(row.answer) >= _MOST_ANSWER:
+                row.outcome = UnreadableVerdict(f"the model's answer does not end within {_MOST_ANSWER} tokens")
+                return accepted
+            if child is None or child not in places:
+                row.pending = [token]
+                return accepted
+            accepted.append(places[child])
+            node = child
+
+    def _finish(self, row: _Row, text: str, *, ended: bool) -> None:
+        """Take an answer that is complete, or that the model has ended."""
+        if ended and not (row.form.can_become(text) and row.form.complete(text)):
+            row.outcome = UnreadableVerdict(f"the model ended its answer before it had the lines {row.form.heads}")
+        elif sum(row.words[LineKind.SEVERITY].values()) < FLOOR:
+            row.outcome = UnreadableVerdict(f"the three severities have a probability below {FLOOR} together")
+        else:
+            row.outcome = Scores(text, MappingProxyType(row.words))
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    """Tokens, and for each layer their keys and values, each ``[1, heads, tokens, head_dim]``."""
+
+    ids: tuple[int, ...]
+    layers: list[tuple[Tensor, Tensor]]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Prompts that are computed together."""
+
+    rows: list[_Row]
+    columns: _Columns
+    every: list[_Row] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.every = list(self.rows)
+
+    def drop_finished(self) -> None:
+        """Go on with those that have no outcome yet."""
+        going = [index for index, row in enumerate(self.rows) if row.outcome is None]
+        if len(going) < len(self.rows):
+            self.rows = [self.rows[index] for index in going]
+            self.columns.keep(going)
+
+
+class _Columns:
+    """Keys and values of several rows, in columns of one allocation; rows of different length leave columns unused.
+
+    It has what transformers asks of a cache. Rotation is part of a key, so that a column may hold any position.
+
+    Attributes:
+        layers: for each layer keys and values, each ``[rows, heads, columns, head_dim]``.
+        seen: ``[rows, columns]`` bool on CPU: what later tokens of the row see.
+        used: how many columns are taken.
+    """
+
+    is_compileable = False
+
+    def __init__(self, model: PreTrainedModel, rows: int, columns: int) -> None:
+        config = model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (rows, config.num_key_value_heads, columns, head_dim)
+        of = model.get_input_embeddings().weight
+        self.layers = [(of.new_zeros(shape), of.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
+        self.seen = torch.zeros(rows, columns, dtype=torch.bool)
+        self.used = 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put new keys and values behind those of a layer; returns all of them."""
+        end = self.used + keys.shape[2]
+        all_keys, all_values = self.layers[layer]
+        all_keys[:, :, self.used : end] = keys
+        all_values[:, :, self.used : end] = values
+        return all_keys[:, :, :end], all_values[:, :, :end]
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """How many columns are taken."""
+        return self.used
+
+    def put(self, prefix: _Prefix, count: int) -> None:
+        """Begin every row with the first tokens of a prefix."""
+        for (keys, values), (prefix_keys, prefix_values) in zip(self.layers, prefix.layers, strict=True):
+            keys[:, :, :count] = prefix_keys[:, :, :count]
+            values[:, :, :count] = prefix_values[:, :, :count]
+        self.seen[:, :count] = True
+        self.used = count
+
+    def make_room(self, columns: int) -> None:
+        """Make sure that so many more columns fit."""
+        lacking = self.used + columns - self.seen.shape[1]
+        if lacking <= 0:
+            return
+        more = max(lacking, self.seen.shape[1] // 4)
+        self.seen = torch.nn.functional.pad(self.seen, (0, more))
+        self.layers = [
+            (torch.nn.functional.pad(keys, (0, 0, 0, more)), torch.nn.functional.pad(values, (0, 0, 0, more)))
+            for keys, values in self.layers
+        ]
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows."""
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        self.seen = self.seen[chosen]
+        chosen = chosen.to(self.layers[0][0].device)
+        if rows:
+            self.layers = [(keys[chosen], values[chosen]) for keys, values in self.layers]
+        else:
+            self.layers = []
+
+
+def _mask(pending: int, tree: DraftTree, width: int) -> Tensor:
+    """Who sees whom among new positions, ``[width, width]``: pending tokens those before them, a node of the tree all
+    pending tokens and its ancestors. Every position sees itself, also one that is padding."""
+    mask = torch.eye(width, dtype=torch.bool)
+    mask[:pending, :pending] = torch.ones(pending, pending, dtype=torch.bool).tril()
+    rows = {ROOT: pending - 1}
+    for row, node in enumerate(tree.computed, start=pending):
+        rows[node] = row
+        if pending:
+            mask[row] |= mask[rows[tree.parents[node]]]
+    return mask
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two sequences begin with together; at least one of the second is left."""
+    most = min(len(one), len(other) - 1)
+    return next((place for place in range(most) if one[place] != other[place]), most)
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PromptTokenizer) -> frozenset[int]:
+    """The ids that end an answer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    named = [tokenizer.control.get(name) for name in _ENDS]
+    return frozenset(token for token in (*listed, *named) if token is not None)
+
+
+def _load_model(name: str, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "qwen3":
+        raise GuardUnavailable(f"{name} is a model of type {config.model_type}: expected qwen3")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise GuardUnavailable(f"{name} lacks {len(missing)} tensors, such as {missing[0]}")
+    return model.to(device).eval()
+
+
+def _load_tokenizer(name: str) -> PromptTokenizer:
+    path = cached_file(name, "tokenizer.json")
+    if path is None:
+        raise GuardUnavailable(f"{name} lacks tokenizer.json")
+    return PromptTokenizer.load(Path(path))

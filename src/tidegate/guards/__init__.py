@@ -1,6 +1,7 @@
 """Guards by name: ``load_guard("edge")`` is the one in the wheel, ``edge:FOLDER`` one of your own training.
 
 ``cascade:FIRST,SECOND`` asks a second guard where the first is not sure; ``cascade:FILE`` says when, as data.
+``remote:URL#MODEL`` is a Gen guard behind an OpenAI-compatible server.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from tidegate.guards.base import Guard, Session, StreamGuard
 
 __all__ = ["Guard", "GuardRow", "Session", "StreamGuard", "list_guards", "load_guard"]
 
-_SPECS: Final = "expected edge, or edge:FOLDER with a folder that tidegate export wrote, or cascade:FIRST,SECOND"
-_LATER: Final = ("gen", "stream", "remote")
+_SPECS: Final = (
+    "expected edge, or edge:FOLDER with a folder that tidegate export wrote, or cascade:FIRST,SECOND, "
+    "or remote:URL#MODEL"
+)
+_LATER: Final = ("gen", "stream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,8 @@ def load_guard(spec: str = "edge", *, threads: int = 1) -> StreamGuard:
 
     Args:
         spec: ``edge`` for the shipped one, ``edge:FOLDER`` for another folder with model, tokenizer and config;
-            ``cascade:FIRST,SECOND`` with the specs of two guards, or ``cascade:FILE`` with a YAML or JSON file.
+            ``cascade:FIRST,SECOND`` with the specs of two guards, or ``cascade:FILE`` with a YAML or JSON file;
+            ``remote:URL[,URL...]#MODEL`` for a Gen guard behind a server or several, or ``remote:FILE``.
         threads: how many threads one run of the model may use.
 
     Raises:
@@ -54,12 +59,16 @@ def load_guard(spec: str = "edge", *, threads: int = 1) -> StreamGuard:
     kind, _, rest = spec.partition(":")
     if kind in _LATER:
         raise GuardUnavailable(f"{kind}: guards are not in this version: {_SPECS}")
-    if kind not in ("edge", "cascade") or (":" in spec and not rest):
+    if kind not in ("edge", "cascade", "remote") or (":" in spec and not rest):
         raise InputError(f"unknown guard {spec!r}: {_SPECS}", where="guard")
     if kind == "cascade":
         from tidegate.guards.cascade import load_cascade
 
         return load_cascade(rest, lambda part: load_guard(part, threads=threads))
+    if kind == "remote":
+        from tidegate.guards.remote import load_remote
+
+        return load_remote(rest)
     from tidegate.guards.edge import EdgeGuard
 
     return EdgeGuard(Path(rest) if rest else None, threads=threads)

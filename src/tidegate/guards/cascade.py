@@ -37,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tidegate.errors import GuardError, GuardOverloaded, GuardTimeout, GuardUnavailable, InputError, SessionClosed
 from tidegate.guards.base import Guard, Session, StreamGuard
+from tidegate.guards.rejudged import token_verdict
 from tidegate.guards.spec_file import read_spec_file
 from tidegate.types import Conversation, Role, Severity, Target, TokenVerdict, Turn, Verdict
 
@@ -350,15 +351,7 @@ class CascadeSession:
 
     def _as_answered(self) -> list[TokenVerdict]:
         held, self._held = self._held, []
-        return held if self._answer is None else [_token_verdict(token, self._answer) for token in held]
-
-
-def _token_verdict(token: TokenVerdict, answer: Verdict) -> TokenVerdict:
-    """What the second guard says, at a token of the first. A category that it names without a probability has 1."""
-    known = answer.category_probabilities
-    category = answer.categories[0] if answer.categories else max(known, key=lambda name: known[name], default=None)
-    probability = 0.0 if category is None else known.get(category, 1.0)
-    return TokenVerdict(token.span, answer.severity, answer.probabilities, category, probability)
+        return held if self._answer is None else [token_verdict(token.span, self._answer) for token in held]
 
 
 def _likelihood(verdict: Verdict, category: str) -> float:

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
 from tidegate.engine.engine import Engine, Handle  # noqa: E402
 from tidegate.engine.runner import Logits  # noqa: E402
@@ -275,6 +276,48 @@ async def test_a_forward_that_fails_fails_its_streams_alone(engine: Engine, mode
     assert_same(await idle.feed(text(4, 20)[10:]), full(model, text(4, 20)), first=10)
 
 
+async def test_a_failure_while_the_cache_is_moved_loses_no_stream(engine: Engine, model: Qwen3ForGuardModel) -> None:
+    """Whose cache was in the way is computed again, because nobody knows how far the copying came."""
+    handles = [engine.open() for _ in range(5)]
+    for seed, handle in enumerate(handles):
+        await handle.feed(text(seed, 25))
+    assert engine._runner is not None
+    run = engine._runner.run
+
+    def move_halfway(step: Step) -> list[Logits | None]:
+        if not step.moves:
+            return run(step)
+        assert engine._runner is not None
+        engine._runner._keys.fill_(1e9)
+        raise RuntimeError("out of memory")
+
+    engine._runner.run = move_halfway  # type: ignore[method-assign]
+    results = []
+    for seed, handle in enumerate(handles):
+        results.append(await asyncio.gather(handle.feed(text(seed, 48)[25:]), return_exceptions=True))
+    failures = [result for (result,) in results if isinstance(result, BaseException)]
+    assert [str(failure) for failure in failures] == ["the model could not compute: RuntimeError"]
+    for seed, (result,) in enumerate(results):
+        if not isinstance(result, BaseException):
+            assert_same(result, full(model, text(seed, 48)), first=25)
+
+
+async def test_a_forward_waits_a_moment_for_streams_that_are_about_to_speak(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = engine.open(), engine.open()
+    await asyncio.gather(first.feed([1]), second.feed([1]))
+    monkeypatch.setattr("tidegate.engine.engine._LINGER_SECONDS", 30.0)
+    monkeypatch.setattr("tidegate.engine.engine._LINGER_SHARE", 1e9)
+    task = asyncio.create_task(first.feed([2]))
+    await asyncio.sleep(0.05)
+    assert engine.metrics().waiting_streams == 1
+    await asyncio.gather(task, second.feed([3]))
+    assert engine.metrics().last_batch_streams == 2
+    second.close()
+    await asyncio.wait_for(first.feed([4]), 10)
+
+
 async def test_what_is_not_a_number_is_unreadable(model: Qwen3ForGuardModel) -> None:
     broken = Qwen3ForGuardModel(model.config).eval()
     broken.load_state_dict(model.state_dict())
@@ -335,6 +378,8 @@ async def test_health_is_answered_although_too_much_waits(engine: Engine) -> Non
     tasks = [asyncio.create_task(engine.open().feed(text(n, 40))) for n in range(10)]
     await gate.wait()
     healthy = asyncio.create_task(engine.health())
+    await asyncio.sleep(0)
+    assert engine.metrics().waiting_tokens > LIMITS.waiting
     gate.open()
     await asyncio.gather(healthy, *tasks)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
 from tidegate.engine.runner import Logits, Runner  # noqa: E402
 from tidegate.engine.scheduler import Limits, Piece, Scheduler, Step  # noqa: E402

@@ -40,6 +40,11 @@ from tidegate.types import Target
 
 __all__ = ["Engine", "Handle", "Metrics"]
 
+_LINGER_SHARE = 0.05
+"""Which part of a forward's time the next one may wait for streams that are about to speak: those that were answered
+together come back one after the other, and a forward takes about as long for one of them as for all."""
+_LINGER_SECONDS = 0.005
+"""The most that it may wait."""
 _CANARY_TOKENS = 8
 _CANARY_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 """By how much a probability of the canary may differ from that of the model's own forward: rounding, with room."""
@@ -234,6 +239,7 @@ class Engine:
         self._slots: Slots[Sequence] = Slots(positions, self._window)
         self._scheduler = Scheduler(self._slots, limits)
         self._most_streams = most_streams
+        self._most_tokens = limits.tokens
         self._streams: set[Sequence] = set()
         self._works: dict[Sequence, _Work] = {}
         self._abandoned: deque[Sequence] = deque()
@@ -416,12 +422,23 @@ class Engine:
         with self._wake:
             while True:
                 self._wake.wait_for(lambda: self._closed or self._scheduler.waiting)
+                self._wake.wait_for(lambda: self._closed or self._full, self._linger_seconds)
                 if self._closed:
                     return None
                 self._drop_abandoned()
                 step = self._scheduler.next()
                 if step.pieces:
                     return step
+
+    @property
+    def _full(self) -> bool:
+        """Whether waiting longer could add nothing to the next forward."""
+        scheduler = self._scheduler
+        return scheduler.waiting >= len(self._streams) or scheduler.waiting_tokens >= self._most_tokens
+
+    @property
+    def _linger_seconds(self) -> float:
+        return min(_LINGER_SECONDS, _LINGER_SHARE * self._counts.last_seconds)
 
     def _compute(self, step: Step) -> None:
         """Run one forward and give the answers that are complete with it."""

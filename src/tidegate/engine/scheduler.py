@@ -201,7 +201,7 @@ class Scheduler:
 
     def _rank(self, sequence: Sequence) -> tuple[bool, bool, int]:
         patient = self._clock - sequence.served <= self._limits.patience
-        return patient, patient and sequence.ready > self._limits.short, sequence.arrived
+        return patient, patient and sequence.owed > self._limits.short, sequence.arrived
 
     def _piece(self, sequence: Sequence, count: int) -> Piece:
         start, wanted = self._slots.start(sequence), sequence.answers(count)

@@ -69,6 +69,8 @@ class Slots(Generic[Owner]):
         self._most = most
         self._regions: dict[Owner, _Region] = {}
         self._idle: OrderedDict[Owner, None] = OrderedDict()
+        self._busy = 0
+        """Sum of the lengths of those that are not idle."""
 
     @property
     def used(self) -> int:
@@ -96,8 +98,8 @@ class Slots(Generic[Owner]):
 
     def available(self, owner: Owner) -> int:
         """How many positions an owner could have, were all idle ones evicted."""
-        others = (self._regions[other].length for other in self._regions if other != owner and other not in self._idle)
-        return self.positions - sum(others)
+        own = 0 if owner in self._idle else self.length(owner)
+        return self.positions - self._busy + own
 
     def reserve(self, owner: Owner, length: int, keep: int) -> Grant[Owner] | None:
         """Give an owner room for ``length`` positions, and evict idle ones if that is needed.
@@ -112,12 +114,14 @@ class Slots(Generic[Owner]):
         """
         region = self._regions.get(owner)
         if region and length <= region.capacity:
-            self._idle.pop(owner, None)
+            self.wake(owner)
+            self._busy += length - region.length
             region.length = length
             return Grant((), ())
         if length > self.available(owner):
             return None
-        self._idle.pop(owner, None)
+        self.wake(owner)
+        self._busy += length - self.length(owner)
         evicted: list[Owner] = []
         while (moves := self._grow(owner, length, keep)) is None:
             oldest = self.evict()
@@ -135,23 +139,29 @@ class Slots(Generic[Owner]):
 
     def wake(self, owner: Owner) -> None:
         """An owner is in use from now on, and keeps what it has until it rests or is freed."""
-        self._idle.pop(owner, None)
+        if owner in self._idle:
+            del self._idle[owner]
+            self._busy += self._regions[owner].length
 
     def rest(self, owner: Owner) -> None:
         """An owner is idle from now on, and may be evicted."""
         if owner in self._regions:
+            self.wake(owner)
+            self._busy -= self._regions[owner].length
             self._idle[owner] = None
-            self._idle.move_to_end(owner)
 
     def shrink(self, owner: Owner, length: int) -> None:
         """An owner uses only its first positions from now on."""
-        if owner in self._regions:
-            self._regions[owner].length = min(length, self._regions[owner].length)
+        region = self._regions.get(owner)
+        if region and length < region.length:
+            self._busy -= 0 if owner in self._idle else region.length - length
+            region.length = length
 
     def free(self, owner: Owner) -> None:
         """Take back what an owner has; safe when it has nothing."""
+        self.wake(owner)
+        self._busy -= self.length(owner)
         self._regions.pop(owner, None)
-        self._idle.pop(owner, None)
 
     def check(self) -> None:
         """Raises AssertionError when two own the same position, or the sums are wrong."""
@@ -163,6 +173,8 @@ class Slots(Generic[Owner]):
         assert stop <= self.positions, "a region ends behind the cache"
         assert self.used <= self.reserved <= self.positions, "more is owned than there is"
         assert all(owner in self._regions for owner in self._idle), "somebody idles who owns nothing"
+        busy = sum(region.length for owner, region in self._regions.items() if owner not in self._idle)
+        assert self._busy == busy, "the sum of what is in use is wrong"
 
     def _ordered(self) -> list[tuple[Owner, _Region]]:
         return sorted(self._regions.items(), key=lambda pair: (pair[1].start, pair[1].stop))

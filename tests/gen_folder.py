@@ -41,8 +41,8 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Qwen's tokenizer cuts text."""
-_STEPS = 260
-_BATCH = 32
+_STEPS = 420
+_BATCH = 24
 
 
 class ToyRow(NamedTuple):

@@ -317,7 +317,7 @@ def test_bfloat16_gives_the_same_answers(model: GenModel) -> None:
 
 
 def test_a_checkpoint_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
-    with pytest.raises(GuardUnavailable, match="cannot be loaded as a Gen guard"):
+    with pytest.raises(GuardUnavailable, match=r"cannot be loaded as a Gen guard: .*tokenizer.json"):
         GenModel.load(str(tmp_path))
 
 
@@ -331,6 +331,7 @@ def test_an_unknown_type_is_an_input_error() -> None:
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
         (lambda folder: edit(folder / "config.json", model_type="llama"), "type llama: expected qwen3"),
+        (lambda folder: edit(folder / "config.json", use_sliding_window=True), "has a sliding window"),
         (lambda folder: edit(folder / "tokenizer.json", added_tokens=[]), "lacks the control tokens"),
         (lambda folder: drop(folder / "model.safetensors", "model.norm"), "lacks 1 tensors, such as model.norm.weight"),
     ],

@@ -1,5 +1,6 @@
 """Guards by name: ``load_guard("edge")`` is the one in the wheel, ``edge:FOLDER`` one of your own training.
 
+``gen:FOLDER`` is a Gen checkpoint, the official ones included, also by its name on the hub (``gen:OWNER/NAME``).
 ``cascade:FIRST,SECOND`` asks a second guard where the first is not sure; ``cascade:FILE`` says when, as data.
 ``remote:URL#MODEL`` is a Gen guard behind an OpenAI-compatible server.
 """
@@ -16,10 +17,10 @@ from tidegate.guards.base import Guard, Session, StreamGuard
 __all__ = ["Guard", "GuardRow", "Session", "StreamGuard", "list_guards", "load_guard"]
 
 _SPECS: Final = (
-    "expected edge, or edge:FOLDER with a folder that tidegate export wrote, or cascade:FIRST,SECOND, "
+    "expected edge, or edge:FOLDER with a folder that tidegate export wrote, or gen:FOLDER, or cascade:FIRST,SECOND, "
     "or remote:URL#MODEL"
 )
-_LATER: Final = ("gen", "stream")
+_LATER: Final = ("stream",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,15 @@ class GuardRow:
     why_not: str = ""
 
 
-def load_guard(spec: str = "edge", *, threads: int = 1) -> StreamGuard:
+def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard:
     """Load a guard into memory.
 
     Args:
         spec: ``edge`` for the shipped one, ``edge:FOLDER`` for another folder with model, tokenizer and config;
+            ``gen:FOLDER`` or ``gen:OWNER/NAME`` for a Gen checkpoint, which needs the extra ``torch``;
             ``cascade:FIRST,SECOND`` with the specs of two guards, or ``cascade:FILE`` with a YAML or JSON file;
             ``remote:URL[,URL...]#MODEL`` for a Gen guard behind a server or several, or ``remote:FILE``.
-        threads: how many threads one run of the model may use.
+        threads: how many threads one run of the model may use; None for one, and on torch for its own choice.
 
     Raises:
         InputError: when there is no guard of that name; lists those that exist.
@@ -59,7 +61,7 @@ def load_guard(spec: str = "edge", *, threads: int = 1) -> StreamGuard:
     kind, _, rest = spec.partition(":")
     if kind in _LATER:
         raise GuardUnavailable(f"{kind}: guards are not in this version: {_SPECS}")
-    if kind not in ("edge", "cascade", "remote") or (":" in spec and not rest):
+    if kind not in ("edge", "gen", "cascade", "remote") or (kind == "gen" and not rest) or (":" in spec and not rest):
         raise InputError(f"unknown guard {spec!r}: {_SPECS}", where="guard")
     if kind == "cascade":
         from tidegate.guards.cascade import load_cascade
@@ -69,9 +71,22 @@ def load_guard(spec: str = "edge", *, threads: int = 1) -> StreamGuard:
         from tidegate.guards.remote import load_remote
 
         return load_remote(rest)
+    if kind == "gen":
+        return _load_gen(rest, threads)
     from tidegate.guards.edge import EdgeGuard
 
-    return EdgeGuard(Path(rest) if rest else None, threads=threads)
+    return EdgeGuard(Path(rest) if rest else None, threads=threads or 1)
+
+
+def _load_gen(name: str, threads: int | None) -> StreamGuard:
+    try:
+        from tidegate.guards.gen import GenGuard
+    except ModuleNotFoundError as error:
+        raise GuardUnavailable(
+            f"gen: guards need {error.name}: install tidegate with the extra torch, as tidegate[torch]"
+        ) from error
+
+    return GenGuard(name, threads=threads)
 
 
 def list_guards() -> list[GuardRow]:

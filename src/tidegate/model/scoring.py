@@ -20,11 +20,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict
 from tidegate.model.draft_tree import ROOT, DraftTree
+from tidegate.model.loading import DTYPES, checkpoint_folder
 from tidegate.model.prompt_tokens import PromptTokenizer
+from tidegate.model.stream import GROUPED_ATTENTION
 from tidegate.prompts import Form, LineKind, Prompt
 
 __all__ = ["FLOOR", "GenModel", "Scores"]
@@ -42,7 +43,6 @@ _ROOM: Final = 128
 _LOGIT_ROWS: Final = 64
 """Positions whose logits are computed at once: each has as many as there are tokens."""
 _ENDS: Final = ("<|im_end|>", "<|endoftext|>")
-_TYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,8 @@ class GenModel:
         self._prefixes: dict[str, _Prefix] = {}
         self.longest: int = model.config.max_position_embeddings
         """Most tokens of a prompt."""
+        self.settings: Mapping[str, Any] = getattr(model.config, "tidegate", None) or {}
+        """The section ``tidegate`` of the config; empty when there is none."""
 
     @classmethod
     def load(cls, name: str, *, dtype: str | None = None, device: str = "cpu") -> GenModel:
@@ -102,10 +104,12 @@ class GenModel:
             InputError: when there is no such type.
             GuardUnavailable: when the checkpoint cannot be loaded or is not of Qwen3 shape; says what is wrong.
         """
-        if dtype is not None and dtype not in _TYPES:
-            raise InputError(f"expected one of {', '.join(_TYPES)}", where="dtype")
+        if dtype is not None and dtype not in DTYPES:
+            raise InputError(f"expected one of {', '.join(DTYPES)}", where="dtype")
+        folder = checkpoint_folder(name)
         try:
-            return cls(_load_model(name, _TYPES.get(dtype or "", "auto"), device), _load_tokenizer(name))
+            tokenizer = PromptTokenizer.load(folder / "tokenizer.json")
+            return cls(_load_model(folder, DTYPES.get(dtype or "", "auto"), device), tokenizer)
         except GuardUnavailable:
             raise
         except Exception as error:  # the libraries raise dozens of kinds
@@ -115,6 +119,10 @@ class GenModel:
     def ids(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt. Safe to call from any thread, also while `score` runs."""
         return self._tokenizer.ids(prompt)
+
+    def use_threads(self, count: int) -> None:
+        """Let the runs that this thread starts use so many threads."""
+        torch.set_num_threads(count)
 
     def score(self, form: Form, prompts: Sequence[Sequence[int]]) -> list[Scores | UnreadableVerdict]:
         """The answers to prompts of one form, computed together; a failure is given in place of an answer.
@@ -400,20 +408,15 @@ def _end_ids(model: PreTrainedModel, tokenizer: PromptTokenizer) -> frozenset[in
     return frozenset(token for token in (*listed, *named) if token is not None)
 
 
-def _load_model(name: str, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name)
+def _load_model(folder: Path, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen3":
-        raise GuardUnavailable(f"{name} is a model of type {config.model_type}: expected qwen3")
+        raise GuardUnavailable(f"{folder} is a model of type {config.model_type}: expected qwen3")
+    if getattr(config, "use_sliding_window", False):
+        raise GuardUnavailable(f"{folder} has a sliding window, which is not supported")
     model, report = AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        folder, config=config, dtype=dtype, attn_implementation=GROUPED_ATTENTION, output_loading_info=True
     )
     if missing := sorted(report["missing_keys"]):
-        raise GuardUnavailable(f"{name} lacks {len(missing)} tensors, such as {missing[0]}")
+        raise GuardUnavailable(f"{folder} lacks {len(missing)} tensors, such as {missing[0]}")
     return model.to(device).eval()
-
-
-def _load_tokenizer(name: str) -> PromptTokenizer:
-    path = cached_file(name, "tokenizer.json")
-    if path is None:
-        raise GuardUnavailable(f"{name} lacks tokenizer.json")
-    return PromptTokenizer.load(Path(path))

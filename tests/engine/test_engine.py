@@ -57,9 +57,18 @@ def model() -> Qwen3ForGuardModel:
 
 @pytest.fixture
 async def engine(model: Qwen3ForGuardModel) -> AsyncIterator[Engine]:
+    """The books are checked after every forward: when they are wrong, the engine breaks, and the test with it."""
     async with Engine(model, positions=200, overlap=8, limits=LIMITS) as engine:
+        compute = engine._compute
+
+        def checked(step: Step) -> None:
+            compute(step)
+            check(engine)
+
+        engine._compute = checked  # type: ignore[method-assign]
         yield engine
         check(engine)
+        assert not engine.closed
 
 
 def check(engine: Engine) -> None:
@@ -181,6 +190,69 @@ async def test_a_stream_rolls_back_over_the_edge_of_a_window(engine: Engine) -> 
     handle.crop(40)
     assert handle.room == 8
     assert_same(await handle.feed(ids[40:]), expected, first=40)
+
+
+async def test_a_piece_may_be_longer_than_all_that_may_wait(engine: Engine) -> None:
+    ids = text(2, LIMITS.waiting + 100)
+    whole = await engine.open().feed(ids)
+    pieces = engine.open()
+    got = [await pieces.feed(ids[start : start + 35]) for start in range(0, len(ids), 35)]
+    assert_same(Logits(*(np.concatenate(parts) for parts in zip(*got, strict=True))), whole)
+    last = await engine.open().feed(ids, last_only=True)
+    assert_same(last, whole, first=len(ids) - 1)
+
+
+async def test_a_piece_that_is_refused_in_its_middle_leaves_nothing(engine: Engine, model: Qwen3ForGuardModel) -> None:
+    handle = engine.open()
+    await handle.feed(text(1, 10))
+    submit, pieces = engine._scheduler.submit, 0
+
+    def refuse_second(*args: object, **options: object) -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 2:
+            raise GuardOverloaded("too much")
+        submit(*args, **options)  # type: ignore[arg-type]
+
+    engine._scheduler.submit = refuse_second  # type: ignore[method-assign]
+    with pytest.raises(GuardOverloaded):
+        await handle.feed(text(5, 100))
+    assert handle.length == 10
+    assert_same(await handle.feed(text(1, 20)[10:]), full(model, text(1, 20)), first=10)
+
+
+async def test_a_prefix_that_can_never_wait_is_refused(engine: Engine) -> None:
+    with pytest.raises(InputError, match="feed it"):
+        engine.open(text(1, 300))
+
+
+async def test_streams_come_speak_take_back_and_go_in_any_order(engine: Engine, model: Qwen3ForGuardModel) -> None:
+    """Some are cancelled in the middle of a feed; all others are right to the last token."""
+
+    async def live(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        handle = engine.open()
+        ids: list[int] = []
+        while len(ids) < WINDOW - 12:
+            new = [int(n) for n in random.integers(0, VOCABULARY, random.integers(1, 12))]
+            if random.random() < 0.07:
+                task = asyncio.create_task(handle.feed(new))
+                await asyncio.sleep(random.random() * 0.01)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                handle.close()
+                return
+            logits = await handle.feed(new)
+            ids += new
+            assert_same(logits, full(model, ids), first=len(ids) - len(new))
+            if random.random() < 0.3:
+                ids = ids[: int(random.integers(0, len(ids) + 1))]
+                handle.crop(len(ids))
+        handle.close()
+
+    await asyncio.gather(*(live(seed) for seed in range(40)))
+    metrics = engine.metrics()
+    assert (metrics.streams, metrics.waiting_tokens, metrics.cache_used, metrics.failed) == (0, 0, 0, 0)
 
 
 async def test_nothing_to_judge_gives_no_rows(engine: Engine) -> None:
@@ -438,7 +510,7 @@ async def test_nobody_rolls_back_to_where_it_never_was(engine: Engine, wrong: in
         {"window": WINDOW + 1},
         {"positions": 20, "window": 30},
         {"overlap": WINDOW},
-        {"limits": Limits(waiting=90)},
+        {"limits": Limits(waiting=190)},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(

@@ -127,6 +127,7 @@ class Handle:
     def __init__(self, engine: Engine, sequence: Sequence) -> None:
         self._engine = engine
         self._sequence = sequence
+        self._busy = False
         weakref.finalize(self, engine._abandoned.append, sequence).atexit = False
 
     @property
@@ -166,12 +167,22 @@ class Handle:
             UnreadableVerdict: when the model computed something that is not a finite number; the stream is closed.
             GuardError: when an earlier feed is not answered yet, or the model could not compute; then it is closed.
         """
-        future = self._engine._submit(self._sequence, ids, target, last_only=last_only)
+        self._check_free()
+        self._engine._check_ids(ids)
+        length, parts = self.length, []
+        self._busy = True
         try:
-            return await future
+            for part in self._engine._slices(ids):
+                parts.append(await self._engine._submit(self._sequence, part, target, last_only=last_only))
+        except GuardOverloaded:
+            self._engine._crop(self._sequence, length)
+            raise
         except BaseException:
             self.close()
             raise
+        finally:
+            self._busy = False
+        return parts[-1] if last_only else _joined(parts)
 
     def crop(self, length: int) -> None:
         """Take back all tokens behind the first ``length``.
@@ -181,11 +192,16 @@ class Handle:
             GuardError: when a feed is not answered yet.
             SessionClosed: when the stream is closed.
         """
+        self._check_free()
         self._engine._crop(self._sequence, length)
 
     def close(self) -> None:
         """Give everything back at once; safe to call any number of times, also while a feed waits."""
         self._engine._drop(self._sequence)
+
+    def _check_free(self) -> None:
+        if self._busy:
+            raise GuardError("a stream takes one piece at a time")
 
 
 class Engine:
@@ -199,7 +215,7 @@ class Engine:
         window: most positions of one stream before its window begins anew; None for what the model was made for, or
             all of a smaller cache.
         overlap: how many tokens a new window repeats; None for an eighth of the window.
-        limits: how much is computed at once, and how much may wait; ``waiting`` must allow two windows.
+        limits: how much is computed at once, and how much may wait; ``waiting`` must allow four windows.
         most_streams: how many may be open at once.
 
     Raises:
@@ -224,8 +240,8 @@ class Engine:
         Windows(self._window, self._overlap)
         if self._window > min(most, positions):
             raise InputError(f"a window of {self._window} is more than the model's {most} or the cache's {positions}")
-        if limits.waiting < 2 * self._window:
-            raise InputError(f"{limits.waiting} waiting tokens are fewer than two windows of {self._window}")
+        if limits.waiting < 4 * self._window:
+            raise InputError(f"{limits.waiting} waiting tokens are fewer than four windows of {self._window}")
         model.eval()
         self._runner: Runner | None = Runner(model, positions)
         self._cache_bytes = self._runner.cache_bytes
@@ -239,7 +255,7 @@ class Engine:
         self._slots: Slots[Sequence] = Slots(positions, self._window)
         self._scheduler = Scheduler(self._slots, limits)
         self._most_streams = most_streams
-        self._most_tokens = limits.tokens
+        self._most_tokens, self._most_waiting = limits.tokens, limits.waiting
         self._streams: set[Sequence] = set()
         self._works: dict[Sequence, _Work] = {}
         self._abandoned: deque[Sequence] = deque()
@@ -261,17 +277,18 @@ class Engine:
             keep: how many of the first tokens are repeated when the stream outgrows its window; None for the prefix.
 
         Raises:
-            InputError: when an id is not in the vocabulary.
+            InputError: when an id is not in the vocabulary, or the prefix is more than may wait.
             GuardOverloaded: when ``most_streams`` are open.
             SessionClosed: when the engine is closed.
         """
         self._check_ids(prefix)
         keep = len(prefix) if keep is None else keep
         sequence = Sequence(Windows(self._window, self._overlap, keep), array("i", prefix))
+        if sequence.work > self._most_waiting // 2:
+            raise InputError(f"a prefix of {len(prefix)} tokens is too long to wait: feed it")
         with self._wake:
             self._drop_abandoned()
-            if self._closed:
-                raise self._closed
+            self._check_open()
             if len(self._streams) >= self._most_streams:
                 self._counts.refused += 1
                 raise GuardOverloaded(f"{self._most_streams} streams are open already")
@@ -355,10 +372,13 @@ class Engine:
         if len(ids) and not (min(ids) >= 0 and max(ids) < self._vocabulary):
             raise InputError(f"a token id is not in the vocabulary: expected 0 to {self._vocabulary - 1}")
 
+    def _slices(self, ids: Ids[int]) -> list[Ids[int]]:
+        """The ids in pieces that are never too much for an engine on which nothing waits; one at least."""
+        return [ids[start : start + self._window] for start in range(0, max(1, len(ids)), self._window)]
+
     def _submit(
         self, sequence: Sequence, ids: Ids[int], target: Target, *, last_only: bool = False, urgent: bool = False
     ) -> asyncio.Future[Logits]:
-        self._check_ids(ids)
         loop = asyncio.get_running_loop()
         work = _Work(loop, loop.create_future(), time.monotonic())
         with self._wake:
@@ -385,13 +405,11 @@ class Engine:
                 raise InputError(f"cannot go back to {length} tokens: the stream has {len(sequence.tokens)}")
             self._scheduler.crop(sequence, length)
 
-    def _check_open(self, sequence: Sequence) -> None:
+    def _check_open(self, sequence: Sequence | None = None) -> None:
         if self._closed:
-            raise self._closed
-        if sequence.closed:
+            raise type(self._closed)(*self._closed.args)
+        if sequence is not None and sequence.closed:
             raise SessionClosed("the stream is closed")
-        if sequence in self._works:
-            raise GuardError("a stream takes one piece at a time")
 
     def _drop(self, sequence: Sequence) -> None:
         with self._wake:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -213,6 +215,43 @@ def test_bfloat16_stays_near_the_full_forward(shape: str) -> None:
         scheduler.submit(sequence, ids, Target.RESPONSE)
     for got in compute(runner, scheduler).values():
         assert_same(got, full(model, ids, Target.RESPONSE), 0.05)
+
+
+@pytest.mark.skipif(
+    "TIDEGATE_FULL_SIZE" not in os.environ, reason="only on demand: TIDEGATE_FULL_SIZE=1; 4 GB of memory"
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_the_smallest_released_shape_equals_one_full_forward(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    config = stream_config(
+        vocab_size=151936,
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        intermediate_size=3072,
+        guard_inner_size=512,
+        head_dim=128,
+    )
+    torch.set_default_dtype(dtype)
+    try:
+        model = Qwen3ForGuardModel(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_head.weight"):
+                parameter.mul_(5)
+    runner = Runner(model, 700)
+    scheduler = Scheduler(Slots(700, 600), Limits(tokens=96, chunk=50))
+    generator = np.random.default_rng(0)
+    texts = [[int(n) for n in generator.integers(0, 151936, count)] for count in (150, 33, 1, 90)]
+    sequences = [Sequence(Windows(600, 64)) for _ in texts]
+    for sequence, ids in zip(sequences, texts, strict=True):
+        scheduler.submit(sequence, ids, Target.RESPONSE)
+    got = compute(runner, scheduler)
+    for sequence, ids in zip(sequences, texts, strict=True):
+        assert_same(got[id(sequence)], full(model, ids, Target.RESPONSE), tolerance)
 
 
 def test_a_model_with_sliding_windows_is_refused() -> None:

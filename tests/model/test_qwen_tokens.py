@@ -152,6 +152,7 @@ def test_tokens_do_not_depend_on_feeding_character_by_character(name: str, text:
 @example(text="x" + "   \n" * 500 + "\u3000" * 1200 + "y", places=list(range(0, 3200, 100)))
 @example(text="'" * 1500 + "s" * 1500 + "!" * 1500 + "s", places=list(range(0, 4500, 31)))
 @example(text="\x1c \x1c\x1c  " * 500, places=[2017])
+@example(text="!" + "\n" * 2500 + " \nx", places=list(range(0, 2500, 90)))
 @example(text="今天天气很好" * 700, places=list(range(0, 4200, 17)))
 @example(text="e" + "\u0301\u0316" * 2000, places=list(range(0, 4000, 50)))
 def test_long_runs_are_exact_too(name: str, text: str, places: list[int]) -> None:

@@ -377,6 +377,23 @@ async def test_requests_that_come_at_once_share_one_probe(make: Make) -> None:
     assert len(fake.bodies) == 2 + 20
 
 
+async def test_who_goes_away_during_a_probe_does_not_end_it_for_the_others(make: Make, upstream: FakeUpstream) -> None:
+    fake = FakeGen()
+
+    def slow(body: Any) -> Reply:
+        reply = fake(body)
+        return Reply(reply.acts, reply.status, reply.headers, before=0.2)
+
+    guard = make(slow)
+    first, second = (asyncio.create_task(guard.judge(Conversation.of("A bomb?"))) for _ in range(2))
+    await until(lambda: upstream.received)
+    first.cancel()
+
+    assert (await second).severity is Severity.UNSAFE
+    assert first.cancelled()
+    assert len(fake.bodies) == 2 + 1
+
+
 # --- sampling -----------------------------------------------------------------------------------------------------
 
 
@@ -445,7 +462,9 @@ def test_a_severity_that_is_not_listed_gets_the_most_that_it_can_have() -> None:
     """No more than the least likely token that is listed, and no more than what is left over."""
     chances = severity_probabilities(FORM, Completion("", positions("Safety:", (" Safe", {" Safe": 0.97, "X": 0.01}))))
     full = severity_probabilities(FORM, Completion("", positions("Safety:", (" Safe", {" Safe": 0.7, "X": 0.3}))))
+    few = severity_probabilities(FORM, Completion("", positions("Safety:", (" Safe", {" Safe": 0.6, "X": 0.01}))))
 
+    assert few.unsafe == few.controversial == pytest.approx(0.01 / 0.62)
     assert chances.unsafe == chances.controversial == pytest.approx(0.01 / 0.99)
     assert 0 < full.unsafe < 1e-8
 
@@ -662,6 +681,16 @@ async def test_an_answer_without_end_is_given_up(make: Make) -> None:
 
     with pytest.raises(UnreadableVerdict, match="longer than"):
         await guard.judge(Conversation.of("Hello"))
+
+
+async def test_a_redirect_is_not_followed(make: Make, upstream: FakeUpstream, upstream_url: str) -> None:
+    """It could lead anywhere, and the text would go with it."""
+    guard = make(Reply((), 307, {"location": f"{upstream_url}/elsewhere"}))
+
+    with pytest.raises(GuardUnavailable, match="status 307"):
+        await guard.judge(Conversation.of("Hello"))
+
+    assert len(upstream.received) == 1
 
 
 async def test_a_text_that_is_too_long_for_the_server_is_not_tried_elsewhere_and_speaks_for_nobody() -> None:

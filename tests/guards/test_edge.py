@@ -720,12 +720,6 @@ def test_an_unknown_guard_is_an_error_that_lists_those_that_exist(spec: str) -> 
         load_guard(spec)
 
 
-@pytest.mark.parametrize("spec", ["stream:x"])
-def test_guards_of_later_versions_say_so(spec: str) -> None:
-    with pytest.raises(GuardUnavailable, match="not in this version"):
-        load_guard(spec)
-
-
 @pytest.mark.parametrize("missing", edge.EDGE_FILES)
 def test_a_missing_file_is_named(folder: Path, tmp_path: Path, missing: str) -> None:
     copy = rewritten(folder, tmp_path)

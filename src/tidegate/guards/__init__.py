@@ -1,6 +1,8 @@
 """Guards by name: ``load_guard("edge")`` is the one in the wheel, ``edge:FOLDER`` one of your own training.
 
-``gen:FOLDER`` is a Gen checkpoint, the official ones included, also by its name on the hub (``gen:OWNER/NAME``).
+``stream:FOLDER`` is a Stream checkpoint, the official ones included, also by its name on the hub
+(``stream:OWNER/NAME``): prompts, answers, and answers while they are written. ``gen:FOLDER`` is a Gen checkpoint, by
+folder or by name in the same way.
 ``cascade:FIRST,SECOND`` asks a second guard where the first is not sure; ``cascade:FILE`` says when, as data.
 ``remote:URL#MODEL`` is a Gen guard behind an OpenAI-compatible server.
 """
@@ -17,10 +19,10 @@ from tidegate.guards.base import Guard, Session, StreamGuard
 __all__ = ["Guard", "GuardRow", "Session", "StreamGuard", "list_guards", "load_guard"]
 
 _SPECS: Final = (
-    "expected edge, or edge:FOLDER with a folder that tidegate export wrote, or gen:FOLDER, or cascade:FIRST,SECOND, "
-    "or remote:URL#MODEL"
+    "expected edge, or edge:FOLDER with a folder that tidegate export wrote, or stream:FOLDER, or gen:FOLDER, "
+    "or cascade:FIRST,SECOND, or remote:URL#MODEL"
 )
-_LATER: Final = ("stream",)
+_CHECKPOINTS: Final = ("stream", "gen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard
 
     Args:
         spec: ``edge`` for the shipped one, ``edge:FOLDER`` for another folder with model, tokenizer and config;
-            ``gen:FOLDER`` or ``gen:OWNER/NAME`` for a Gen checkpoint, which needs the extra ``torch``;
+            ``stream:FOLDER`` or ``stream:OWNER/NAME`` for a Stream checkpoint, and ``gen:FOLDER`` or ``gen:OWNER/NAME``
+            for a Gen checkpoint, which both need the extra ``torch``;
             ``cascade:FIRST,SECOND`` with the specs of two guards, or ``cascade:FILE`` with a YAML or JSON file;
             ``remote:URL[,URL...]#MODEL`` for a Gen guard behind a server or several, or ``remote:FILE``.
         threads: how many threads one run of the model may use; None for one, and on torch for its own choice.
@@ -59,9 +62,8 @@ def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard
         GuardUnavailable: when its files are missing or cannot be used; says which and where.
     """
     kind, _, rest = spec.partition(":")
-    if kind in _LATER:
-        raise GuardUnavailable(f"{kind}: guards are not in this version: {_SPECS}")
-    if kind not in ("edge", "gen", "cascade", "remote") or (kind == "gen" and not rest) or (":" in spec and not rest):
+    nameless = not rest and (kind in _CHECKPOINTS or ":" in spec)
+    if kind not in ("edge", "cascade", "remote", *_CHECKPOINTS) or nameless:
         raise InputError(f"unknown guard {spec!r}: {_SPECS}", where="guard")
     if kind == "cascade":
         from tidegate.guards.cascade import load_cascade
@@ -71,22 +73,26 @@ def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard
         from tidegate.guards.remote import load_remote
 
         return load_remote(rest)
-    if kind == "gen":
-        return _load_gen(rest, threads)
+    if kind in _CHECKPOINTS:
+        return _load_checkpoint(kind, rest, threads)
     from tidegate.guards.edge import EdgeGuard
 
     return EdgeGuard(Path(rest) if rest else None, threads=threads or 1)
 
 
-def _load_gen(name: str, threads: int | None) -> StreamGuard:
+def _load_checkpoint(kind: str, name: str, threads: int | None) -> StreamGuard:
     try:
+        if kind == "stream":
+            from tidegate.guards.stream import Qwen3StreamGuard
+
+            return Qwen3StreamGuard(name, threads=threads)
         from tidegate.guards.gen import GenGuard
+
+        return GenGuard(name, threads=threads)
     except ModuleNotFoundError as error:
         raise GuardUnavailable(
-            f"gen: guards need {error.name}: install tidegate with the extra torch, as tidegate[torch]"
+            f"{kind}: guards need {error.name}: install tidegate with the extra torch, as tidegate[torch]"
         ) from error
-
-    return GenGuard(name, threads=threads)
 
 
 def list_guards() -> list[GuardRow]:

@@ -111,6 +111,7 @@ class Server:
         failures: how many in a row failed.
         paused_until: it asked to be left alone until then, on the pool's clock.
         rests_until: it is left alone until then because it failed.
+        error: what its last trouble meant; None when it never had any.
         known: whatever the pool's user wants to remember of it; forgotten when it rests.
     """
 
@@ -121,6 +122,7 @@ class Server:
         self.failures = 0
         self.paused_until = -math.inf
         self.rests_until = -math.inf
+        self.error: GuardError | None = None
         self.known: dict[Any, Any] = {}
 
 
@@ -262,6 +264,7 @@ class ServerPool:
 
     def _note(self, server: Server, trouble: ServerTrouble) -> None:
         now = self._clock()
+        server.error = trouble.error
         server.paused_until = max(server.paused_until, now + min(trouble.pause_s, _LONGEST_PAUSE_S))
         if now < server.rests_until:
             return
@@ -277,8 +280,11 @@ class ServerPool:
         """Why no server can be asked now."""
         now = self._clock()
         if all(now < server.rests_until for server in self.servers):
-            wait = min(server.rests_until for server in self.servers) - now
-            return GuardUnavailable(f"every server of the guard failed; the next trial is in {wait:.1f} seconds")
+            first = min(self.servers, key=lambda server: server.rests_until)
+            wait = first.rests_until - now
+            return GuardUnavailable(
+                f"every server rests, the next trial is in {wait:.1f} seconds, because {first.error}"
+            )
         if any(now < server.paused_until for server in self.servers):
             return GuardOverloaded("the guard's servers ask to be left alone for now")
         return GuardOverloaded("the guard's servers have as many requests as they may have")

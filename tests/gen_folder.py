@@ -95,25 +95,29 @@ def write_gen_folder(folder: Path, *, trained: bool) -> None:
     config = {"chat_template": "", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.manual_seed(5)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=tokenizer.get_vocab_size(),
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            intermediate_size=128,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            pad_token_id=None,
-            eos_token_id=tokenizer.token_to_id("<|im_end|>"),
-        )
-    )
+    end = tokenizer.token_to_id("<|im_end|>")
+    model = Qwen3ForCausalLM(tiny_config(vocab_size=tokenizer.get_vocab_size(), eos_token_id=end))
     if trained:
         _train(model, PromptTokenizer.load(folder / "tokenizer.json"))
     model.save_pretrained(folder)
+
+
+def tiny_config(*, vocab_size: int, eos_token_id: int) -> Qwen3Config:
+    """A config of Qwen3 shape, as small as it can be."""
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        pad_token_id=None,
+        eos_token_id=eos_token_id,
+    )
 
 
 def tiny_tokenizer() -> Tokenizer:

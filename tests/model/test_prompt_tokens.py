@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 
 from gen_folder import tiny_tokenizer
 from tidegate.model.prompt_tokens import PromptTokenizer
-from tidegate.prompts import CONTROL, OFFICIAL, Prompt, Segment
+from tidegate.prompts import CONTROL, OFFICIAL, Form, Prompt, Segment
 from tidegate.types import Conversation, Target
 
 FILES = os.environ.get("QWEN3GUARD_FILES")
@@ -80,6 +80,18 @@ def test_every_prompt_of_a_form_begins_with_the_same_tokens() -> None:
         beginning = ours.ids(FORM.fixed_beginning)
         for text in ("", "hi", " hi", "\nhi", "\u0301", "x" * 5):
             assert ours.ids(FORM.prompt(Conversation.of(text)))[: len(beginning)] == beginning
+
+
+@pytest.mark.parametrize("form", OFFICIAL.values())
+def test_the_parts_of_an_answer_have_the_ids_that_they_have_in_it(form: Form) -> None:
+    for _, ours in tokenizers():
+        for draft in (
+            *form.drafts(""),
+            *form.drafts("Safety: Unsafe"),
+            *form.drafts("Safety: Unsafe\nCategories: PII,"),
+        ):
+            parts = (draft.before, draft.word, *draft.after)
+            assert [token for part in parts for token in ours.part(part)] == list(ours.part("".join(parts)))
 
 
 def test_control_tokens_are_no_text() -> None:

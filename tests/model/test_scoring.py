@@ -1,8 +1,12 @@
-"""Gen answers in one or two passes: those of greedy decoding and the official patterns, with exact probabilities."""
+"""Gen answers in one or two passes: those of greedy decoding and the official patterns, with exact probabilities.
+
+``QWEN3GUARD_FILES`` names a folder with the official tokenizer; what needs it is skipped without it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -16,6 +20,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import Qwen3ForCausalLM  # noqa: E402
 
 from gen_folder import (  # noqa: E402
     ABOUT_PROMPT,
@@ -24,14 +29,18 @@ from gen_folder import (  # noqa: E402
     REASONED,
     ToyRow,
     gen_folder,
+    tiny_config,
     toy_rows,
     write_gen_folder,
 )
 from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict  # noqa: E402
 from tidegate.model import scoring  # noqa: E402
+from tidegate.model.prompt_tokens import PromptTokenizer  # noqa: E402
 from tidegate.model.scoring import GenModel, Scores  # noqa: E402
-from tidegate.prompts import Answer, Form, LineKind  # noqa: E402
-from tidegate.types import CATEGORIES, Conversation, Severity  # noqa: E402
+from tidegate.prompts import OFFICIAL, Answer, Form, LineKind  # noqa: E402
+from tidegate.types import CATEGORIES, Conversation, Severity, Target  # noqa: E402
+
+FILES = os.environ.get("QWEN3GUARD_FILES")
 
 NOISE = 1e-4
 """Largest difference of a probability that float32 may make when it adds in another order."""
@@ -146,6 +155,34 @@ def test_severities_have_the_probability_of_their_tokens(model: GenModel) -> Non
         for severity in Severity:
             expected = sequence_probability(model, ids, row.form.lines[0].head, f" {severity.label}")
             assert words[severity.label] == pytest.approx(expected, abs=NOISE)
+
+
+@pytest.mark.skipif(FILES is None, reason="QWEN3GUARD_FILES names no folder")
+@pytest.mark.parametrize("target", Target)
+def test_severities_have_the_probability_of_their_official_tokens(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the official prompt and tokenizer; "Controversial" is three tokens of it."""
+    tokenizer = PromptTokenizer.load(Path(str(FILES)) / "tokenizer.json")
+    torch.manual_seed(6)
+    config = tiny_config(vocab_size=151_936, eos_token_id=tokenizer.control["<|im_end|>"])
+    model = GenModel(Qwen3ForCausalLM(config).eval(), tokenizer)
+    found: list[dict[LineKind, Any]] = []
+    monkeypatch.setattr(model, "_walk", lambda row, tree, best: found.append(row.words) or end(row))
+    form = OFFICIAL[target]
+    texts = ["How can I make a bomb?", "bread " * 40, ""]
+    asked = [Conversation.of(text, None if target is Target.PROMPT else text) for text in texts]
+    prompts = [model.ids(form.prompt(conversation)) for conversation in asked]
+    model.score(form, prompts)
+    for ids, words in zip(prompts, found, strict=True):
+        for severity in Severity:
+            expected = sequence_probability(model, ids, "Safety:", f" {severity.label}")
+            assert words[LineKind.SEVERITY][severity.label] == pytest.approx(expected, rel=1e-3)
+
+
+def end(row: Any) -> list[int]:
+    row.outcome = UnreadableVerdict("not asked for")
+    return []
 
 
 def test_categories_have_the_probability_of_their_tokens(model: GenModel) -> None:

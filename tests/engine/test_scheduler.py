@@ -185,6 +185,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.forget()
         assert self.slots.used == 0
         self.memory.cells = [None] * POSITIONS
+        self.deadline = {sequence: self._bound(sequence) for sequence in self.asked}
 
     @invariant()
     def books_are_right(self) -> None:
@@ -204,7 +205,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 
 
 def scheduler(**limits: int) -> Scheduler:

@@ -124,6 +124,16 @@ def test_who_is_in_use_is_never_evicted() -> None:
     assert slots.reserve("b", 41, 0) == Grant((), ("a",))
 
 
+def test_an_idle_owner_goes_before_everything_is_copied_for_a_few_positions() -> None:
+    slots: Slots[str] = Slots(320, 320)
+    for owner in "abc":
+        slots.reserve(owner, 100, 0)
+    slots.rest("c")
+    grant = slots.reserve("a", 115, 100)
+    assert grant is not None
+    assert grant.evicted == ("c",)
+
+
 def test_who_wakes_is_kept() -> None:
     slots: Slots[str] = Slots(100, 100)
     slots.reserve("a", 60, 0)

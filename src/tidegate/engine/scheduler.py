@@ -117,12 +117,11 @@ class Scheduler:
         assert len(ids), "nothing to compute"
         assert sequence not in self._waiting, "the stream waits already"
         assert not sequence.closed, "the stream is over"
-        length, before = len(sequence.tokens), sequence.wanted
+        length = len(sequence.tokens)
         sequence.accept(ids, target, last_only=last_only)
         cost = sequence.work
         if not urgent and self._owed + cost > self._limits.waiting:
             sequence.retract(length)
-            sequence.wanted = before
             raise GuardOverloaded(f"{self._owed} tokens wait already, and {self._limits.waiting} is the most")
         self._arrivals += 1
         sequence.arrived, sequence.served, sequence.owed = self._arrivals, self._clock, cost

@@ -203,7 +203,7 @@ class Slots(Generic[Owner]):
             return [Move(region.start, gap.start, keep)] if region and keep else []
         slack = self.positions - length - sum(r.length for other, r in self._regions.items() if other != owner)
         if slack < 0 or (self._idle and slack < self.positions // 32):
-            return None
+            return None  # to copy everything for a few positions, again and again, costs more than an idle stream
         return self._lay_out(owner, length, keep, slack)
 
     def _lay_out(self, owner: Owner, length: int, keep: int, slack: int) -> list[Move]:

@@ -152,7 +152,8 @@ def test_tokens_do_not_depend_on_feeding_character_by_character(name: str, text:
 @example(text="x" + "   \n" * 500 + "\u3000" * 1200 + "y", places=list(range(0, 3200, 100)))
 @example(text="'" * 1500 + "s" * 1500 + "!" * 1500 + "s", places=list(range(0, 4500, 31)))
 @example(text="\x1c \x1c\x1c  " * 500, places=[2017])
-@example(text="!" + "\n" * 2500 + " \nx", places=list(range(0, 2500, 90)))
+@example(text="x" + "\n\t" * 900 + "\t" * 900 + "y", places=list(range(0, 2600, 70)))
+@example(text="!" + "\n" * 2501 + "\t\nx", places=list(range(0, 2500, 90)))
 @example(text="今天天气很好" * 700, places=list(range(0, 4200, 17)))
 @example(text="e" + "\u0301\u0316" * 2000, places=list(range(0, 4000, 50)))
 def test_long_runs_are_exact_too(name: str, text: str, places: list[int]) -> None:
@@ -189,6 +190,7 @@ def test_ends_never_go_back_and_the_last_is_the_end_of_the_text(text: str, frame
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+@example(text="q\u0301\u0316")
 def test_a_character_is_covered_only_by_tokens_that_hold_all_of_it(text: str) -> None:
     """The tokens up to the one that covers so many characters hold the canonical form of at least these."""
     widths = [TINY._bytes[token.id] for token in TINY.encode(text)]

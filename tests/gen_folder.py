@@ -6,9 +6,11 @@ a row controversial, and an answer that begins with "no thanks" is a refusal.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import random
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -84,6 +86,7 @@ def toy_rows(seed: int, count: int) -> list[ToyRow]:
 def gen_folder() -> Path:
     """A folder with the trained guard; the same one for the whole run of the tests."""
     folder = Path(tempfile.mkdtemp(prefix="tidegate-gen-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_gen_folder(folder, trained=True)
     return folder
 

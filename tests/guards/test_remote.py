@@ -409,7 +409,8 @@ async def test_sampled_probabilities_are_shares_with_one_more_of_each(make: Make
     verdict = await guard.judge(Conversation.of("A bomb?"))
 
     sampled = [body for body in fake.bodies if body["temperature"] == 1]
-    assert sorted(body["seed"] for body in sampled) == list(range(9))
+    assert len(sampled) == 9
+    assert all("seed" not in body for body in sampled)
     assert all("logprobs" not in body and body["max_tokens"] <= 16 for body in fake.bodies[2:])
     assert verdict.probabilities.safe == pytest.approx(1 / 12)
     assert verdict.probabilities.unsafe == pytest.approx(7 / 12)

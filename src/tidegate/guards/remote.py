@@ -5,8 +5,8 @@ One request for each text: the answer is short and greedy, and the probability o
 be had from it: thresholds and calibration would mean nothing. ``probabilities: sampled`` is the way out: the guard is
 asked ``samples`` more times at temperature 1, and the shares of the severities are taken, with one more of each (add
 one smoothing), so that no probability is ever 0 or 1. That needs a server that really samples: one that ignores the
-temperature gives the same answer each time. ``transformers serve`` does unless the model's own generation config has
-``do_sample``.
+temperature, or has a fixed seed, gives the same answer each time. ``transformers serve`` does unless the model's own
+generation config has ``do_sample``.
 
 Templates. Before a server is used it is asked about a known text, once for prompts and once for responses, as a chat
 and as a raw completion with the prompt that we render. Its chat template is right when both prompts have the same
@@ -239,7 +239,7 @@ class RemoteGuard:
 
     async def _sampled(self, form: Form, conversation: Conversation) -> Probabilities:
         """The share of each severity among sampled answers, with one more of each."""
-        asked = [self._completion(conversation, sample=seed) for seed in range(self.config.samples)]
+        asked = [self._completion(conversation, sample=True) for _ in range(self.config.samples)]
         said = [severity_of(form, completion.text) for completion in await _all(asked)]
         readable = [severity for severity in said if severity is not None]
         if 2 * len(readable) < len(said):
@@ -247,7 +247,7 @@ class RemoteGuard:
         total = len(readable) + len(Severity)
         return Probabilities(*((readable.count(severity) + 1) / total for severity in sorted(Severity)))
 
-    async def _completion(self, conversation: Conversation, *, sample: int | None = None) -> Completion:
+    async def _completion(self, conversation: Conversation, *, sample: bool = False) -> Completion:
         async def ask(server: Server) -> Completion:
             route = await self._route(server, conversation.target)
             return await self._ask(server, route, conversation, sample=sample)
@@ -255,12 +255,12 @@ class RemoteGuard:
         return await self._pool.run(ask)
 
     async def _ask(
-        self, server: Server, route: _Route, conversation: Conversation, *, sample: int | None = None
+        self, server: Server, route: _Route, conversation: Conversation, *, sample: bool = False
     ) -> Completion:
-        """One request; ``sample`` is the seed of a sampled answer, None asks for the greedy one."""
+        """One request. Samples have no seed: a seed makes vLLM 0.32 on CPU break down when a prompt comes in parts."""
         body: dict[str, Any] = {"model": self.config.model, "max_tokens": _LENGTHS[self.config.form], "temperature": 0}
-        if sample is not None:
-            body |= {"max_tokens": _SAMPLE_LENGTH, "temperature": 1, "top_p": 1, "seed": sample}
+        if sample:
+            body |= {"max_tokens": _SAMPLE_LENGTH, "temperature": 1, "top_p": 1}
         if route.path == _CHAT:
             body["messages"] = _messages(conversation)
             body |= {"logprobs": True, "top_logprobs": route.top} if route.top else {}

@@ -686,10 +686,11 @@ async def test_more_than_may_be_open_or_wait_is_refused(narrow_folder: Path, mon
 
 
 async def test_text_longer_than_may_wait_is_judged_in_groups(narrow: Qwen3StreamGuard) -> None:
-    text = long_text(5_000)
+    text = long_text(5_000, seed=7)
     tokens = await streamed(narrow.open(PROMPT), [text])
     assert_covers(tokens, text)
     assert len(tokens) >= 5_000
+    assert confirmed(tokens, 2)[0] > 4_096, "what counts is not in a later group"
     assert_agrees(await narrow.judge(PROMPT.then(Turn(Role.ASSISTANT, text))), tokens)
 
 

@@ -315,7 +315,6 @@ class Qwen3StreamSession:
         self._handle: Handle | None = None
         self._lead = 0
         self._covered = 0
-        self._judged = False
         self._busy = False
         self._closed = False
 
@@ -385,7 +384,7 @@ class Qwen3StreamSession:
     async def _judge(self, tokens: Sequence[Token], stream: IncrementalQwenTokens, *, last: bool) -> list[TokenVerdict]:
         ids, lead = [token.id for token in tokens], self._leading(tokens)
         ends = [token.end for token in tokens[lead:]]
-        if last and not ends and not self._judged:
+        if last and not ends:
             ids.append(self._guard._template.closing(self._channel)[0])
             ends.append(stream.characters)
         verdicts: list[TokenVerdict] = []
@@ -394,7 +393,6 @@ class Qwen3StreamSession:
             logits = await self._stream().feed(group)
             for index in range(max(0, -start), len(group)):
                 verdicts.append(self._verdict(logits, index, ends[start + index]))
-        self._judged = self._judged or bool(ends)
         return verdicts
 
     def _stream(self) -> Handle:

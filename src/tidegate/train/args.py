@@ -52,6 +52,7 @@ class WidePart(_Strict):
     texts: int = Field(default=700_000, ge=1, description="how many texts are drawn")
     lr: float = Field(default=0.5, gt=0)
     drop: float = Field(default=0.3, ge=0, lt=1, description="share of n-grams left out in a step")
+    balance: float | None = Field(default=None, ge=0, le=1, description="as in data; None for the same as there")
 
 
 class TemplatePart(_Strict):

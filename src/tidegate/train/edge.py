@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,10 @@ def wide_table(recipe: EdgeRecipe, tokenizer: TextTokenizer, examples: Sequence[
     """The table of n-grams of the recipe, in the checkpoint's folder; left as it is when it is already there."""
     if recipe.wide is None or (checkpoint / _WIDE_SCALE).exists():
         return
-    mix = Mix((e for e in examples if e.split == "train"), recipe.data.plan(), recipe.seed + 1)
+    plan = recipe.data.plan()
+    if recipe.wide.balance is not None:
+        plan = replace(plan, balance=recipe.wide.balance)
+    mix = Mix((e for e in examples if e.split == "train"), plan, recipe.seed + 1)
     values, scale = train_wide(mix, tokenizer, recipe.wide, recipe.template, recipe.loss, seed=recipe.seed)
     _save_array(checkpoint / "ngrams.npy", values)
     _whole(checkpoint / _WIDE_SCALE, json.dumps(scale).encode())

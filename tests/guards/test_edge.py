@@ -786,3 +786,9 @@ def test_the_guard_needs_no_torch(folder: Path) -> None:
         "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_shipped_files_are_whole_and_at_most_25_megabytes_together() -> None:
+    sizes = {path.name: path.stat().st_size for path in edge.SHIPPED.iterdir() if path.name != "__init__.py"}
+    assert {*edge.EDGE_FILES, edge.WIDE_FILE} <= set(sizes)
+    assert sum(sizes.values()) <= 25_000_000

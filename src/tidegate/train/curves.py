@@ -29,7 +29,7 @@ def plot_curves(run: Path) -> Path | None:
     right.set(xlabel="trained tokens, millions", ylabel="AUROC", title="Dev split, flagged against safe")
     for axes in (left, right):
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     path = run / "curves.png"
     figure.savefig(path)
     return path

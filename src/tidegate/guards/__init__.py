@@ -97,11 +97,12 @@ def _load_checkpoint(kind: str, name: str, threads: int | None) -> StreamGuard:
 
 def list_guards() -> list[GuardRow]:
     """The guards of this installation, whether or not they can be loaded. Loads no model."""
-    from tidegate.guards.edge import EDGE_FILES, SHIPPED
+    from tidegate.guards.edge import EDGE_FILES, SHIPPED, WIDE_FILE
     from tidegate.guards.edge_config import read_config
 
     description = "the small guard in the package: prompts, answers and streams, on CPU, no download"
-    size = sum((SHIPPED / name).stat().st_size for name in EDGE_FILES if (SHIPPED / name).is_file())
+    files = [SHIPPED / name for name in (*EDGE_FILES, WIDE_FILE)]
+    size = sum(path.stat().st_size for path in files if path.is_file())
     missing = [name for name in EDGE_FILES if not (SHIPPED / name).is_file()]
     if missing:
         return [GuardRow("edge", description, (), size, False, f"{SHIPPED} lacks {', '.join(missing)}")]

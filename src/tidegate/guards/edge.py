@@ -1,4 +1,5 @@
-"""The guard in the wheel: a small model of the Stream architecture on ONNX Runtime, without torch.
+"""The guard in the wheel: a small model of the Stream architecture on ONNX Runtime, without torch, and beside it a
+table of n-grams (model/wide.py) whose word is added to the model's.
 
 A turn becomes ``<|user|> tokens <|end|>`` or ``<|assistant|> tokens <|end|>``. The model was trained on these two: what
 a system or a tool says is judged as if a user had written it, and reasoning as if it were an answer. A prompt is judged

@@ -16,7 +16,7 @@ TORCH_VERSION ?= 2.13.0
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench screenshot clean
+.PHONY: help run test fuzz check bench screenshot clean
 
 help: ## Say what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -27,7 +27,10 @@ run: $(VENV)/.run ## Serve the gateway and the playground with the demo upstream
 test: check ## Check style, types, layers, then run every test
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-check: $(VENV)/.dev
+fuzz: $(VENV)/.dev ## Search for new cases that break a property: make fuzz PYTEST_ARGS=tests/model
+	$(BIN)/pytest --hypothesis-profile=fuzz $(PYTEST_ARGS)
+
+check: $(VENV)/.dev ## Check style, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

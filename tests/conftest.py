@@ -1,4 +1,8 @@
-"""What all tests share: hypothesis searches, and never judges by the clock; servers are real ones, on free ports."""
+"""What all tests share: servers are real ones, on free ports; hypothesis never judges by the clock.
+
+`make test` draws the same cases each time, so that it says something about the change at hand; `make fuzz` draws new
+ones, and many more of them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from hypothesis import HealthCheck, settings
 from serving import Gateway, gateway_process, serving
 from tidegate.testing import FakeUpstream
 
-settings.register_profile("tidegate", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+_unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("tidegate", _unhurried, derandomize=True)
+settings.register_profile("fuzz", _unhurried, max_examples=1000, print_blob=True)
 settings.load_profile("tidegate")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -284,6 +284,8 @@ def test_an_answer_is_complete_where_nothing_that_follows_changes_it(case: tuple
 def test_one_wrong_letter_is_noticed_at_once(case: tuple[Form, str], place: int, spoiled: str) -> None:
     form, text = case
     place %= len(text)
+    ends_reason = text[place] == "\n" and form.lines[text.count("\n", 0, place)].kind is LineKind.REASON
+    assume(not ends_reason)  # a reason holds any letter, so one in the place of its end only makes it longer
     wrong = text[:place] + spoiled + text[place + 1 :]
     try:
         form.parse(wrong)

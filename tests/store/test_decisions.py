@@ -357,6 +357,17 @@ async def test_processes_that_open_and_write_the_same_file_at_once_lose_nothing(
     assert sorted(path.name for path in file.parent.iterdir()) == ["kept.db", "kept.db.key"]
 
 
+def test_a_new_file_that_another_program_is_writing_is_waited_for(file: Path) -> None:
+    other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.3, other.rollback)
+    release.start()
+    with open_store(url_of(file)) as store:
+        assert asyncio.run(store.counts())[Action.ALLOW] == 0
+    release.join()
+    other.close()
+
+
 async def test_one_row_that_the_database_refuses_does_not_cost_its_neighbours(file: Path) -> None:
     impossible = decision()
     object.__setattr__(impossible, "verdict", None)  # neither verdict nor failure: the constructor would refuse

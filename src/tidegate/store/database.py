@@ -13,6 +13,7 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
@@ -207,10 +208,27 @@ def _on_connect(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # transactions are begun below, not by the driver
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-    cursor.execute("PRAGMA journal_mode = WAL")
+    _use_wal(cursor)
     cursor.execute("PRAGMA synchronous = FULL")  # in WAL mode, less would lose the last commits with the power
     cursor.execute("PRAGMA recursive_triggers = ON")
     cursor.close()
+
+
+def _use_wal(cursor: Any) -> None:
+    """Switch a new file to the write-ahead log.
+
+    SQLite does not wait for others here, whatever its busy timeout: of two processes that switch at once, one is told
+    that the file is locked. So the waiting is ours.
+    """
+    until = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
 
 
 def _on_begin(connection: sa.Connection) -> None:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, SessionClosed
+from tidegate.errors import GuardError, GuardUnavailable
+from tidegate.guards.session import OpenSessions, TextSession
 from tidegate.types import (
     CATEGORIES,
     Category,
@@ -172,9 +173,8 @@ class FakeStreamGuard(FakeGuard):
         super().__init__(**options)
         self.sticky = sticky
         self.end_token = end_token
-        self.most_sessions = most_sessions
         self.contexts: list[Conversation | None] = []
-        self._sessions: set[FakeSession] = set()
+        self._sessions = OpenSessions(most_sessions)
 
     @property
     def open_sessions(self) -> int:
@@ -186,52 +186,30 @@ class FakeStreamGuard(FakeGuard):
         Raises:
             GuardOverloaded: when ``most_sessions`` are open.
         """
-        if self.most_sessions is not None and self.open_sessions >= self.most_sessions:
-            raise GuardOverloaded(f"the fake guard has {self.open_sessions} open sessions, and may have no more")
+        session = FakeSession(self)
         self.contexts.append(context)
-        session = FakeSession(self, self._sessions.discard)
-        self._sessions.add(session)
         return session
 
 
-class FakeSession:
-    """A session of a `FakeStreamGuard`; keeps the promise of `tidegate.guards.base.Session`."""
+class FakeSession(TextSession):
+    """A session of a `FakeStreamGuard`."""
 
-    def __init__(self, guard: FakeStreamGuard, closed: Callable[[FakeSession], None]) -> None:
+    def __init__(self, guard: FakeStreamGuard) -> None:
+        super().__init__(guard._sessions)
         self._guard = guard
-        self._on_close = closed
         self._rest = ""
         self._judged = 0
         self._worst: tuple[Severity, str | None] = (Severity.SAFE, None)
-        self._open = True
 
-    async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
-        return await self._judge(text, _COMPLETE_TOKEN, ends=False)
-
-    async def finish(self) -> tuple[TokenVerdict, ...]:
-        tokens = await self._judge("", _TOKEN, ends=True)
-        self.close()
-        if self._guard.end_token:
-            return (*tokens, _token(self._judged, self._judged, *self._worst))
-        return tokens
-
-    def close(self) -> None:
-        self._open = False
-        self._rest = ""
-        self._on_close(self)
-
-    async def _judge(self, text: str, pattern: re.Pattern[str], *, ends: bool) -> tuple[TokenVerdict, ...]:
-        if not self._open:
-            raise SessionClosed("the session is closed")
+    async def _judge(self, text: str, *, last: bool) -> list[TokenVerdict]:
+        await self._guard.trouble()
         self._rest += text
-        try:
-            await self._guard.trouble()
-            tokens = [await self._token(match.group()) for match in pattern.finditer(self._rest)]
-        except GuardError:
-            self.close()
-            raise
-        self._rest = "" if ends else self._rest[sum(token.span.end - token.span.start for token in tokens) :]
-        return tuple(tokens)
+        pattern = _TOKEN if last else _COMPLETE_TOKEN
+        tokens = [await self._token(match.group()) for match in pattern.finditer(self._rest)]
+        self._rest = self._rest[sum(token.span.end - token.span.start for token in tokens) :]
+        if last and self._guard.end_token:
+            tokens.append(_token(self._judged, self._judged, *self._worst))
+        return tokens
 
     async def _token(self, text: str) -> TokenVerdict:
         word = _bare(text)

@@ -397,7 +397,7 @@ async def test_a_session_takes_one_piece_at_a_time(guard: GenGuard) -> None:
 
 
 async def test_more_sessions_than_may_be_open_are_refused(guard: GenGuard) -> None:
-    guard._most_sessions = 1
+    guard._open.most = 1
     session = guard.open(None)
     with pytest.raises(GuardOverloaded, match="1 sessions are open already"):
         guard.open(None)

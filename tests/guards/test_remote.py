@@ -876,10 +876,10 @@ async def test_a_stream_is_judged_again_every_so_many_characters(make: Make) -> 
         [],
         [(0, 10), (10, 20)],
         [],
-        [(20, 29)],
+        [(20, 29), (29, 29)],
     ]
     flat = [token for tokens in given_out for token in tokens]
-    assert [token.severity for token in flat] == [Severity.SAFE, Severity.UNSAFE, Severity.UNSAFE]
+    assert [token.severity for token in flat] == [Severity.SAFE, *[Severity.UNSAFE] * 3]
     assert (flat[1].category, flat[1].category_probability) == ("Violent", 1.0)
     assert "USER: A recipe?\n\nASSISTANT: Take a bomb and then\n\n<END" in fake.prompts[-2]
     with pytest.raises(SessionClosed):
@@ -916,11 +916,12 @@ async def test_closing_a_session_ends_its_request(make: Make, upstream: FakeUpst
     await until(lambda: not upstream.open_requests, "the server to see that nobody waits")
 
 
-async def test_an_empty_stream_has_no_verdict(make: Make) -> None:
+async def test_an_empty_stream_is_judged_once(make: Make) -> None:
     session = make(FakeGen()).open(None)
 
     assert await session.feed("") == ()
-    assert await session.finish() == ()
+    (token,) = await session.finish()
+    assert (token.span.start, token.span.end, token.severity) == (0, 0, Severity.SAFE)
 
 
 async def test_a_cascade_asks_a_remote_guard(make: Make, upstream_url: str) -> None:

@@ -9,7 +9,6 @@ bookkeeping, never for a forward.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 import weakref
@@ -26,6 +25,7 @@ from tidegate.engine.runner import Logits, Runner
 from tidegate.engine.scheduler import Limits, Scheduler, Step
 from tidegate.engine.sequence import Sequence, Windows
 from tidegate.engine.slots import Slots
+from tidegate.engine.worker import Work, give
 from tidegate.errors import (
     GuardError,
     GuardOverloaded,
@@ -94,11 +94,9 @@ class Metrics:
 
 
 @dataclass(slots=True, eq=False)
-class _Work:
+class _Work(Work[Logits]):
     """A feed that waits for its answer."""
 
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Logits]
     since: float
     parts: list[Logits] = field(default_factory=list)
 
@@ -379,8 +377,7 @@ class Engine:
     def _submit(
         self, sequence: Sequence, ids: Ids[int], target: Target, *, last_only: bool = False, urgent: bool = False
     ) -> asyncio.Future[Logits]:
-        loop = asyncio.get_running_loop()
-        work = _Work(loop, loop.create_future(), time.monotonic())
+        work = _Work(time.monotonic())
         with self._wake:
             self._check_open(sequence)
             if not len(ids):
@@ -417,7 +414,7 @@ class Engine:
             self._streams.discard(sequence)
             work = self._works.pop(sequence, None)
         if work:
-            _answer([(work, SessionClosed("the stream was closed while it was judged"))])
+            give([(work, SessionClosed("the stream was closed while it was judged"))])
 
     def _drop_abandoned(self) -> None:
         while self._abandoned:
@@ -485,7 +482,7 @@ class Engine:
                 self._counts.answered += 1
                 self._counts.answer_seconds += time.monotonic() - work.since
                 answers.append((work, _joined(work.parts)))
-        _answer(answers)
+        give(answers)
 
     def _fail(self, step: Step, error: GuardError) -> None:
         """The forward failed: so do the streams in it. Where the cache was being moved, none of it can be trusted."""
@@ -494,7 +491,7 @@ class Engine:
             failed = [(self._failed(sequence), error) for sequence in mine]
             if step.moves:
                 self._scheduler.forget()
-        _answer(failed)
+        give(failed)
 
     def _failed(self, sequence: Sequence) -> _Work:
         self._scheduler.remove(sequence)
@@ -520,7 +517,7 @@ class Engine:
             self._streams.clear()
             self._works.clear()
             self._wake.notify_all()
-        _answer([(work, error) for work in works])
+        give([(work, error) for work in works])
 
 
 def _canary(model: Qwen3ForGuardModel, vocabulary: int) -> tuple[list[int], NDArray[np.float32]]:
@@ -540,23 +537,3 @@ def _joined(parts: list[Logits]) -> Logits:
     if len(parts) == 1:
         return parts[0]
     return Logits(np.concatenate([part.risk for part in parts]), np.concatenate([part.category for part in parts]))
-
-
-def _answer(answers: Ids[tuple[_Work, Logits | GuardError]]) -> None:
-    """Give results to those who wait, with one call for each event loop."""
-    loops: dict[asyncio.AbstractEventLoop, list[tuple[_Work, Logits | GuardError]]] = {}
-    for answer in answers:
-        loops.setdefault(answer[0].loop, []).append(answer)
-    for loop, mine in loops.items():
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who waited
-            loop.call_soon_threadsafe(_set, mine)
-
-
-def _set(answers: Ids[tuple[_Work, Logits | GuardError]]) -> None:
-    for work, result in answers:
-        if work.future.done():
-            continue
-        if isinstance(result, GuardError):
-            work.future.set_exception(result)
-        else:
-            work.future.set_result(result)

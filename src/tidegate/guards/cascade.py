@@ -35,9 +35,10 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tidegate.errors import GuardError, GuardOverloaded, GuardTimeout, GuardUnavailable, InputError, SessionClosed
+from tidegate.errors import GuardError, GuardOverloaded, GuardTimeout, GuardUnavailable, InputError
 from tidegate.guards.base import Guard, Session, StreamGuard
 from tidegate.guards.rejudged import token_verdict
+from tidegate.guards.session import TextSession
 from tidegate.guards.spec_file import read_spec_file
 from tidegate.types import Conversation, Role, Severity, Target, TokenVerdict, Turn, Verdict
 
@@ -239,14 +240,15 @@ class CascadeGuard:
             self._open_questions -= 1
 
 
-class CascadeSession:
-    """One text that arrives in pieces: see `tidegate.guards.base.Session`, and the module's text for what it does.
+class CascadeSession(TextSession):
+    """One text that arrives in pieces; see the module's text for what it does.
 
-    Up to ``debounce - 1`` flagged tokens are held until it is known whether they are an alarm. Calls must not overlap,
-    except ``close``, which also ends a question to the second guard.
+    Up to ``debounce - 1`` flagged tokens are held until it is known whether they are an alarm. A run that is still held
+    at the end is an alarm. ``close`` also ends a question to the second guard.
     """
 
     def __init__(self, guard: CascadeGuard, session: Session, before: tuple[Turn, ...]) -> None:
+        super().__init__()
         self._guard = guard
         self._session = session
         self._before = before
@@ -255,58 +257,20 @@ class CascadeSession:
         self._answered = False
         self._answer: Verdict | None = None
         self._since = 0
-        self._question: asyncio.Task[Verdict] | None = None
-        self._busy = False
-        self._closed = False
-
-    async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
-        """Take more text; return the verdicts of the tokens that no further text can change. May be ().
-
-        Raises:
-            SessionClosed: after ``finish`` or ``close``.
-            GuardError: when one of the guards cannot judge; the session is then closed.
-        """
-        return await self._take(text, ends=False)
-
-    async def finish(self) -> tuple[TokenVerdict, ...]:
-        """The text is complete: return the verdicts that remain, and close. A run that is still held is an alarm.
-
-        Raises:
-            SessionClosed: after ``finish`` or ``close``.
-            GuardError: when one of the guards cannot judge.
-        """
-        tokens = await self._take("", ends=True)
-        self.close()
-        return tokens
 
     def close(self) -> None:
         """Give everything back at once; safe to call any number of times, also while a feed is running."""
-        self._closed = True
+        super().close()
         self._held = []
         self._session.close()
-        if self._question is not None:
-            self._question.cancel()
 
-    async def _take(self, text: str, *, ends: bool) -> tuple[TokenVerdict, ...]:
-        if self._closed:
-            raise SessionClosed("the session is closed")
-        if self._busy:
-            raise GuardError("a session takes one piece of text at a time")
-        self._busy = True
-        try:
-            self._texts.append(text)
-            tokens = await (self._session.finish() if ends else self._session.feed(text))
-            given = [verdict for token in tokens for verdict in await self._next(token)]
-            if ends and self._held:
-                given += await self._alarm()
-            if self._closed:
-                raise SessionClosed("the session was closed while it judged")
-            return tuple(given)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            self._busy = False
+    async def _judge(self, text: str, *, last: bool) -> list[TokenVerdict]:
+        self._texts.append(text)
+        tokens = await (self._session.finish() if last else self._session.feed(text))
+        given = [verdict for token in tokens for verdict in await self._next(token)]
+        if last and self._held:
+            given += await self._alarm()
+        return given
 
     async def _next(self, token: TokenVerdict) -> list[TokenVerdict]:
         """What may go out with the next token of the first guard."""
@@ -325,29 +289,21 @@ class CascadeSession:
         """Ask the second guard about the text up to the last token that is held; all that is held then goes out."""
         self._texts = ["".join(self._texts)]
         answer = Turn(Role.ASSISTANT, self._texts[0][: self._held[-1].span.end])
-        self._answer = await self._asked(Conversation((*self._before, answer)))
+        self._answer = await self._second(Conversation((*self._before, answer)))
         self._answered = True
         self._since = 0
         self._guard.counts.alarms += 1
         self._guard.counts.confirmed += self._answer is not None and self._answer.severity is not Severity.SAFE
         return self._as_answered()
 
-    async def _asked(self, conversation: Conversation) -> Verdict | None:
+    async def _second(self, conversation: Conversation) -> Verdict | None:
         """What the second guard says; None when it fails and the first guard's verdicts may stand."""
-        question = self._question = asyncio.ensure_future(self._guard._ask(conversation))
         try:
-            return await question
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if self._closed and not (current and current.cancelling()):
-                raise SessionClosed("the session was closed while it judged") from None
-            raise
+            return await self._asked(self._guard._ask(conversation))
         except GuardError:
-            if self._guard.config.on_second_error == "raise":
+            if self._closed or self._guard.config.on_second_error == "raise":
                 raise
             return None
-        finally:
-            self._question = None
 
     def _as_answered(self) -> list[TokenVerdict]:
         held, self._held = self._held, []

@@ -16,15 +16,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
-from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, SessionClosed
+from tidegate.engine.worker import answers_of
+from tidegate.errors import GuardUnavailable
 from tidegate.guards.edge_config import EdgeConfig, Row, Totals, read_config
 from tidegate.guards.edge_engine import Engine, Logits
 from tidegate.guards.edge_engine import Sequence as CachedSequence
+from tidegate.guards.session import OpenSessions, TextSession
 from tidegate.model.tokens import CONTROL_TOKENS, IncrementalTokens, TextTokenizer, Token
 from tidegate.model.wide import COLUMNS, LEFT, NgramHasher, WideTable
 from tidegate.types import Conversation, Role, Severity, Span, Target, TokenVerdict, Turn, Verdict, worst
@@ -183,8 +184,7 @@ class EdgeGuard:
         self._wide = _read_wide(folder / WIDE_FILE, self.tokenizer) if self.config.wide else None
         self._template = _Template(self.tokenizer, self.config)
         self._engine = Engine(folder / "model.onnx", threads=threads, most_waiting=most_waiting)
-        self._most_sessions = most_sessions
-        self._open: WeakSet[EdgeSession] = WeakSet()
+        self._open = OpenSessions(most_sessions)
 
     @property
     def name(self) -> str:
@@ -208,11 +208,7 @@ class EdgeGuard:
         """
         if self._engine.closed:
             raise GuardUnavailable("the guard is closed")
-        if len(self._open) >= self._most_sessions:
-            raise GuardOverloaded(f"{self._most_sessions} sessions are open already")
-        session = EdgeSession(self, context.turns if context else ())
-        self._open.add(session)
-        return session
+        return EdgeSession(self, context.turns if context else ())
 
     async def judge(self, conversation: Conversation) -> Verdict:
         """Judge the last turn. Of an assistant turn, its reasoning and tool-call arguments are judged too.
@@ -286,15 +282,7 @@ class EdgeGuard:
 
     async def _compute(self, jobs: Sequence[_Job], *, last_only: bool = False) -> list[Logits]:
         """The logits of each job, computed together where they fit; sequences used once are given back."""
-        futures = []
-        try:
-            for job in jobs:
-                futures.append(self._engine.submit(job.sequence, job.ids, last_only=last_only))
-            return [await future for future in futures]
-        finally:
-            for future in futures:
-                if not future.cancel() and not future.cancelled():
-                    future.exception()
+        return await answers_of(self._engine.submit(job.sequence, job.ids, last_only=last_only) for job in jobs)
 
     def _verdict(self, target: Target, row: Row, span: Span | None) -> Verdict:
         reading = self._readings[target]
@@ -322,14 +310,14 @@ class EdgeGuard:
         return TokenVerdict(span, limits.severity(probabilities), probabilities, category, probability)
 
 
-class EdgeSession:
-    """One answer, or one reasoning text, that arrives in pieces: see `tidegate.guards.base.Session`.
+class EdgeSession(TextSession):
+    """One answer, or one reasoning text, that arrives in pieces.
 
-    The last verdict of ``finish`` is that of the whole text, at its end, and covers no character of its own. Calls must
-    not overlap, except ``close``.
+    The last verdict of ``finish`` is that of the whole text, at its end, and covers no character of its own.
     """
 
     def __init__(self, guard: EdgeGuard, before: tuple[Turn, ...]) -> None:
+        super().__init__(guard._open)
         self._guard = guard
         self._before = before
         self._text = guard.tokenizer.incremental()
@@ -342,54 +330,14 @@ class EdgeSession:
         self._evidence = guard._evidence(Target.RESPONSE, ())
         self._total: Totals = (0, 0, 0)
         self._covered = 0
-        self._busy = False
-        self._closed = False
-
-    async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
-        """Take more text; return the verdicts of the tokens that no further text can change. May be ().
-
-        Raises:
-            SessionClosed: after ``finish`` or ``close``.
-            GuardError: when the guard cannot judge; the session is then closed.
-        """
-        return await self._take(text, last=False)
-
-    async def finish(self) -> tuple[TokenVerdict, ...]:
-        """The text is complete: return the verdicts that remain and that of the whole text, and close.
-
-        Raises:
-            SessionClosed: after ``finish`` or ``close``.
-            GuardError: when the guard cannot judge.
-        """
-        verdicts = await self._take("", last=True)
-        self.close()
-        return verdicts
 
     def close(self) -> None:
         """Give everything back at once; safe to call any number of times, also while a feed is running."""
-        self._closed = True
+        super().close()
         self._sequence.close()
-        self._guard._open.discard(self)
 
-    async def _take(self, text: str, *, last: bool) -> tuple[TokenVerdict, ...]:
-        if self._closed:
-            raise SessionClosed("the session is closed")
-        if self._busy:
-            raise GuardError("a session takes one piece of text at a time")
-        self._busy = True
-        try:
-            tokens = self._text.finish() if last else await _feed(self._text, text)
-            verdicts = await self._judge(tokens, last=last)
-            if self._closed:
-                raise SessionClosed("the session was closed while it judged")
-            return tuple(verdicts)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            self._busy = False
-
-    async def _judge(self, tokens: list[Token], *, last: bool) -> list[TokenVerdict]:
+    async def _judge(self, text: str, *, last: bool) -> list[TokenVerdict]:
+        tokens = self._text.finish() if last else await _feed(self._text, text)
         if not tokens and not last:
             return []
         if self._header is None:
@@ -401,8 +349,7 @@ class EdgeSession:
             jobs[-1].ids.append(self._guard._template.end)
         verdicts: list[TokenVerdict] = []
         for group in _groups(jobs):
-            if self._closed:
-                raise SessionClosed("the session was closed while it judged")
+            self._check_open()
             for job, logits in zip(group, await self._guard._compute(group), strict=True):
                 ended = last and job is jobs[-1]
                 verdicts += self._read(job, logits, len(job.ids) - len(job.tokens) - ended)

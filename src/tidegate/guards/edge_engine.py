@@ -8,10 +8,8 @@ reaches another, and the mathematics of a row does not depend on the other rows.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-import threading
-from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, SessionClosed, UnreadableVerdict
+from tidegate.engine.worker import Padding, Work, Worker
+from tidegate.errors import GuardUnavailable, SessionClosed, UnreadableVerdict
 
 __all__ = ["Engine", "Logits", "Sequence"]
 
@@ -65,11 +64,9 @@ class Sequence:
 
 
 @dataclass(slots=True, eq=False)
-class _Work:
+class _Work(Work[Logits]):
     sequence: Sequence
     ids: Ids[int]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Logits]
     last_only: bool
     done: int = 0
     parts: list[Logits] = field(default_factory=list)
@@ -81,10 +78,11 @@ class _Work:
 
     @property
     def dropped(self) -> bool:
+        """Whether nobody waits for it any more."""
         return self.sequence.closed or self.future.cancelled()
 
 
-class Engine:
+class Engine(Worker[_Work]):
     """A model in memory and the thread that runs it.
 
     Args:
@@ -97,6 +95,7 @@ class Engine:
     """
 
     def __init__(self, model: Path, *, threads: int = 1, most_waiting: int = 4096) -> None:
+        super().__init__(thread="tidegate-edge", runtime="ONNX Runtime", most_waiting=most_waiting)
         session = _load(model, threads)
         self._session: onnxruntime.InferenceSession | None = session
         past = [given for given in session.get_inputs() if given.name.startswith("past.")]
@@ -104,22 +103,7 @@ class Engine:
             raise GuardUnavailable(f"{model.name} has no past.0 input: expected a file of tidegate export")
         self._pasts = [given.name for given in past]
         _, self._kv_heads, _, self._head_dim = past[0].shape
-        self._most_waiting = most_waiting
         self._gathered = np.zeros(0, np.float32)
-        self._waiting: deque[_Work] = deque()
-        self._wake = threading.Condition()
-        self._closed = False
-        self._thread: threading.Thread | None = None
-
-    @property
-    def waiting(self) -> int:
-        """How many pieces of work wait now."""
-        return len(self._waiting)
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
 
     def submit(self, sequence: Sequence, ids: Ids[int], *, last_only: bool = False) -> asyncio.Future[Logits]:
         """Append ids to a sequence; the future gives the logits of each of them, or of the last one only.
@@ -134,61 +118,29 @@ class Engine:
         """
         if sequence.closed:
             raise SessionClosed("the sequence is closed")
-        loop = asyncio.get_running_loop()
-        work = _Work(sequence, ids, loop, loop.create_future(), last_only)
-        with self._wake:
-            if self._closed:
-                raise SessionClosed("the guard is closed")
-            if len(self._waiting) >= self._most_waiting:
-                raise GuardOverloaded(f"{self._most_waiting} pieces of text wait already")
-            self._waiting.append(work)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="tidegate-edge", daemon=True)
-                self._thread.start()
-            self._wake.notify()
+        work = _Work(sequence, ids, last_only)
+        self._put(work)
         return work.future
 
-    def close(self) -> None:
-        """Stop the thread after the run that it is in, refuse what waits, and free the model. Safe to call twice."""
-        with self._wake:
-            self._closed = True
-            waiting = list(self._waiting)
-            self._waiting.clear()
-            self._wake.notify()
-            thread = self._thread
-            if thread is None:
-                self._session = None
-        _answer([(work, SessionClosed("the guard is closed")) for work in waiting])
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
-
-    def _work(self) -> None:
-        while batch := self._next_batch():
-            try:
-                done = self._run(batch)
-            except GuardError as error:
-                _answer([(work, error) for work in batch])
-            except Exception as error:
-                failure = GuardError(f"ONNX Runtime could not compute: {type(error).__name__}")
-                _answer([(work, failure) for work in batch])
-            else:
-                _answer([(work, _joined(work.parts)) for work in done])
-            del batch
+    def _free(self) -> None:
         self._session = None
 
-    def _next_batch(self) -> list[_Work]:
-        with self._wake:
-            while True:
-                self._wake.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return []
-                batch, dropped = _choose(self._waiting)
-                _answer([(work, SessionClosed("the session is closed")) for work in dropped])
-                if batch:
-                    return batch
+    def _sharing(self) -> Callable[[_Work], bool]:
+        padding, longest = Padding(_MOST_TOKENS, _SLACK), 0
 
-    def _run(self, batch: list[_Work]) -> list[_Work]:
-        """One forward pass; returns the work that is complete with it. What is not goes back to the front."""
+        def joins(work: _Work) -> bool:
+            nonlocal longest
+            new, cached = work.new, max(longest, work.sequence.length)
+            if not padding.fits(new) or (padding.rows and cached * (padding.rows + 1) > _MOST_CACHED):
+                return False
+            padding.add(new)
+            longest = cached
+            return True
+
+        return joins
+
+    def _run(self, batch: list[_Work]) -> list[tuple[_Work, Logits]]:
+        """One forward pass."""
         caches = [work.sequence.cache for work in batch]
         lengths = [work.sequence.length for work in batch]
         news = [work.new for work in batch]
@@ -206,9 +158,8 @@ class Engine:
             work.done += new
             _append(work.sequence, caches[row], present[:, row, :, :new], length)
             (done if work.done == len(work.ids) else more).append(work)
-        with self._wake:
-            self._waiting.extendleft(reversed(more))
-        return done
+        self._again(more)
+        return [(work, _joined(work.parts)) for work in done]
 
     def _inputs(
         self, batch: list[_Work], caches: list[Float | None], lengths: list[int], news: list[int]
@@ -258,30 +209,6 @@ def _causal(positions: int) -> Float:
     return np.triu(np.full((positions, positions), _HIDDEN, np.float32), 1)
 
 
-def _choose(waiting: deque[_Work]) -> tuple[list[_Work], list[_Work]]:
-    """Take the oldest work and what can share its run without much padding; and what nobody waits for any more."""
-    batch: list[_Work] = []
-    dropped: list[_Work] = []
-    kept: list[_Work] = []
-    widest = useful = longest = 0
-    while waiting:
-        work = waiting.popleft()
-        if work.dropped:
-            dropped.append(work)
-            continue
-        most, total = max(widest, work.new), useful + work.new
-        cached = max(longest, work.sequence.length)
-        padded = most * (len(batch) + 1)
-        fits = padded <= _MOST_TOKENS and cached * (len(batch) + 1) <= _MOST_CACHED
-        if not batch or (fits and padded <= 1.35 * total + _SLACK):
-            batch.append(work)
-            widest, useful, longest = most, total, cached
-        else:
-            kept.append(work)
-    waiting.extend(kept)
-    return batch, dropped
-
-
 def _append(sequence: Sequence, cache: Float | None, new: Float, length: int) -> None:
     """Put the keys and values of new positions behind those of a sequence, in place where there is room."""
     needed = length + new.shape[2]
@@ -300,24 +227,3 @@ def _joined(parts: list[Logits]) -> Logits:
     if len(parts) == 1:
         return parts[0]
     return Logits(*(np.concatenate(head) for head in zip(*parts, strict=True)))
-
-
-def _answer(answers: list[tuple[_Work, Logits | GuardError]]) -> None:
-    """Give results to those who wait, one call for each event loop."""
-    loops: dict[asyncio.AbstractEventLoop, list[tuple[_Work, Logits | GuardError]]] = {}
-    for answer in answers:
-        loops.setdefault(answer[0].loop, []).append(answer)
-    for loop, mine in loops.items():
-        # a loop that has ended has nobody left who waits
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(_set, mine)
-
-
-def _set(answers: list[tuple[_Work, Logits | GuardError]]) -> None:
-    for work, result in answers:
-        if work.future.done():
-            continue
-        if isinstance(result, GuardError):
-            work.future.set_exception(result)
-        else:
-            work.future.set_result(result)

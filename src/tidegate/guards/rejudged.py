@@ -1,8 +1,9 @@
-"""Sessions for guards that judge whole texts only: the text so far is judged again every so many characters.
+"""Sessions for guards that judge whole texts only: the text so far is judged again whenever it has grown enough.
 
-The places are fixed character counts, so the verdicts are a function of the text alone. Each judgement covers all the
-text so far and is given out as one token: the characters since the last one. Costs one judgement for each such piece,
-each as long as the text so far: for short answers, or behind a cascade, not for long ones at scale.
+The places depend on the length of the text alone, so the verdicts are a function of the text. Each judgement covers all
+the text so far and is given out as one token: the characters since the last one. What was said last is said again of
+the complete text, as a token without width. Costs one judgement for each such piece, each as long as the text so far:
+for short answers, or behind a cascade, not for long ones at scale.
 
 Method: a Gen guard that is run again every 32 tokens is what the Qwen3Guard Technical Report (2025), section 4,
 compares the Stream models with.
@@ -10,99 +11,79 @@ compares the Stream models with.
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
 
-from tidegate.errors import GuardError, SessionClosed
-from tidegate.guards.base import Guard
+from tidegate.guards.session import OpenSessions, TextSession
 from tidegate.types import Conversation, Role, Span, TokenVerdict, Turn, Verdict
 
 __all__ = ["RejudgedSession", "token_verdict"]
 
 
-class RejudgedSession:
-    """One text that arrives in pieces: see `tidegate.guards.base.Session`. Calls must not overlap, except ``close``.
+class RejudgedSession(TextSession):
+    """One text that arrives in pieces, judged as a whole again and again.
+
+    A text without characters is judged once, at its end.
 
     Args:
-        guard: judges the text so far, after these turns.
+        judge: judges the text so far, after these turns.
         context: the turns before the text; None when nothing came before.
         every: after how many characters the text is judged again, at least 1.
+        share: a text that is longer than ``share * every`` is judged again when it has grown by one part in so many;
+            None for always after ``every`` characters.
+        sessions: where it is counted until it is closed; None for nowhere.
+
+    Raises:
+        GuardOverloaded: when no more sessions may be open.
     """
 
-    def __init__(self, guard: Guard, context: Conversation | None, *, every: int) -> None:
-        self._guard = guard
+    def __init__(
+        self,
+        judge: Callable[[Conversation], Coroutine[Any, Any, Verdict]],
+        context: Conversation | None,
+        *,
+        every: int,
+        share: int | None = None,
+        sessions: OpenSessions | None = None,
+    ) -> None:
+        super().__init__(sessions)
+        self._judge_whole = judge
         self._before = context.turns if context else ()
         self._every = every
+        self._share = share
         self._text = ""
-        self._rest: list[str] = []
-        self._waiting = 0
-        self._judging: asyncio.Task[Verdict] | None = None
-        self._busy = False
-        self._closed = False
+        self._new: list[str] = []
+        self._fed = 0
+        self._covered = 0
+        self._said: TokenVerdict | None = None
 
-    async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
-        """Take more text; return a verdict for each piece of ``every`` characters that is complete. May be ().
+    async def _judge(self, text: str, *, last: bool) -> list[TokenVerdict]:
+        self._new.append(text)
+        self._fed += len(text)
+        verdicts = []
+        while (end := self._covered + self._step) <= self._fed:
+            verdicts.append(await self._judge_to(end))
+        if last and (self._covered < self._fed or self._said is None):
+            verdicts.append(await self._judge_to(self._fed))
+        if last and self._fed and self._said is not None:
+            verdicts.append(replace(self._said, span=Span(self._fed, self._fed)))
+        return verdicts
 
-        Raises:
-            SessionClosed: after ``finish`` or ``close``.
-            GuardError: when the guard cannot judge; the session is then closed.
-        """
-        return await self._take(text, ends=False)
+    @property
+    def _step(self) -> int:
+        """How many characters the next piece has."""
+        return self._every if self._share is None else max(self._every, self._covered // self._share)
 
-    async def finish(self) -> tuple[TokenVerdict, ...]:
-        """The text is complete: return the verdict of the last piece, if there is one, and close.
-
-        Raises:
-            SessionClosed: after ``finish`` or ``close``.
-            GuardError: when the guard cannot judge.
-        """
-        tokens = await self._take("", ends=True)
-        self.close()
-        return tokens
-
-    def close(self) -> None:
-        """Give everything back at once; safe to call any number of times, also while a feed is running."""
-        self._closed = True
-        if self._judging is not None:
-            self._judging.cancel()
-
-    async def _take(self, text: str, *, ends: bool) -> tuple[TokenVerdict, ...]:
-        if self._closed:
-            raise SessionClosed("the session is closed")
-        if self._busy:
-            raise GuardError("a session takes one piece of text at a time")
-        self._busy = True
-        try:
-            self._rest.append(text)
-            self._waiting += len(text)
-            if self._waiting < self._every and not ends:
-                return ()
-            return tuple([await self._judged(piece) for piece in self._pieces(ends=ends)])
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            self._busy = False
-
-    def _pieces(self, *, ends: bool) -> list[str]:
-        rest = "".join(self._rest)
-        stop = len(rest) if ends else len(rest) - len(rest) % self._every
-        self._rest, self._waiting = [rest[stop:]], len(rest) - stop
-        return [rest[start : min(start + self._every, stop)] for start in range(0, stop, self._every)]
-
-    async def _judged(self, piece: str) -> TokenVerdict:
-        start = len(self._text)
-        self._text += piece
-        conversation = Conversation((*self._before, Turn(Role.ASSISTANT, self._text)))
-        judging = self._judging = asyncio.ensure_future(self._guard.judge(conversation))
-        try:
-            return token_verdict(Span(start, len(self._text)), await judging)
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if self._closed and not (current and current.cancelling()):
-                raise SessionClosed("the session was closed while it judged") from None
-            raise
-        finally:
-            self._judging = None
+    async def _judge_to(self, end: int) -> TokenVerdict:
+        """Judge the text up to a place, and go on behind it."""
+        self._check_open()
+        self._text, self._new = "".join((self._text, *self._new)), []
+        conversation = Conversation((*self._before, Turn(Role.ASSISTANT, self._text[:end])))
+        verdict = await self._asked(self._judge_whole(conversation))
+        self._said = token_verdict(Span(self._covered, end), verdict)
+        self._covered = end
+        return self._said
 
 
 def token_verdict(span: Span, verdict: Verdict) -> TokenVerdict:

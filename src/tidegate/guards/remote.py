@@ -191,7 +191,7 @@ class RemoteGuard:
         """
         if self._pool.closed:
             raise GuardUnavailable("the guard is closed")
-        return RejudgedSession(self, context, every=self.config.rejudge_every)
+        return RejudgedSession(self.judge, context, every=self.config.rejudge_every)
 
     async def judge(self, conversation: Conversation) -> Verdict:
         """Judge the last turn. Of an assistant turn, its reasoning and tool-call arguments are judged too, each with a

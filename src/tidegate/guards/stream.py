@@ -25,13 +25,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
-from weakref import WeakSet
 
 from tidegate.engine.engine import Engine, Handle, Metrics
 from tidegate.engine.runner import Logits
 from tidegate.engine.scheduler import Limits
-from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, InputError, SessionClosed
+from tidegate.errors import GuardUnavailable, InputError
 from tidegate.guards.edge_config import Reading as HeadReading
+from tidegate.guards.session import OpenSessions, TextSession
 from tidegate.model.checkpoints import head_labels
 from tidegate.model.loading import checkpoint_folder, load_stream, read_config, use_threads
 from tidegate.model.qwen_template import Opening, QwenTemplate, Reading, Rendered
@@ -106,8 +106,7 @@ class Qwen3StreamGuard:
             most_streams=most_sessions + _MOST_WHOLE,
         )
         self._debounce = debounce
-        self._most_sessions = most_sessions
-        self._open: WeakSet[Qwen3StreamSession] = WeakSet()
+        self._open = OpenSessions(most_sessions)
 
     @property
     def sessions(self) -> int:
@@ -133,11 +132,7 @@ class Qwen3StreamGuard:
         self._check_open()
         if channel not in (Channel.ANSWER, Channel.REFUSAL, Channel.REASONING, Channel.TOOL_CALL):
             raise InputError("expected a channel in which an assistant writes", where="channel")
-        if len(self._open) >= self._most_sessions:
-            raise GuardOverloaded(f"{self._most_sessions} sessions are open already")
-        session = Qwen3StreamSession(self, context.turns if context else (), channel, reasoning, name)
-        self._open.add(session)
-        return session
+        return Qwen3StreamSession(self, context.turns if context else (), channel, reasoning, name)
 
     async def judge(self, conversation: Conversation) -> Verdict:
         """Judge the last turn in the light of those before. Of an assistant's turn, its reasoning and the arguments of
@@ -295,16 +290,16 @@ class Qwen3StreamGuard:
         return TokenVerdict(span, severity, probabilities, category, probability)
 
 
-class Qwen3StreamSession:
-    """One answer, one reasoning text, or the arguments of one call, in pieces: see `tidegate.guards.base.Session`.
+class Qwen3StreamSession(TextSession):
+    """One answer, one reasoning text, or the arguments of one call, in pieces.
 
-    A text without a token of its own is judged at the control token that closes it. Calls must not overlap, except
-    ``close``.
+    A text without a token of its own is judged at the control token that closes it.
     """
 
     def __init__(
         self, guard: Qwen3StreamGuard, before: tuple[Turn, ...], channel: Channel, reasoning: str, name: str
     ) -> None:
+        super().__init__(guard._open)
         self._guard = guard
         self._before = before
         self._channel = channel
@@ -315,57 +310,17 @@ class Qwen3StreamSession:
         self._handle: Handle | None = None
         self._lead = 0
         self._covered = 0
-        self._busy = False
-        self._closed = False
 
-    async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
-        """Take more text; return the verdicts of the tokens that no further text can change. May be ().
-
-        Raises:
-            SessionClosed: after ``finish`` or ``close``.
-            GuardError: when the guard cannot judge; the session is then closed.
-        """
-        return await self._take(text, last=False)
-
-    async def finish(self) -> tuple[TokenVerdict, ...]:
-        """The text is complete: return the verdicts that remain, and close.
-
-        Raises:
-            SessionClosed: after ``finish`` or ``close``.
-            GuardError: when the guard cannot judge.
-        """
-        verdicts = await self._take("", last=True)
-        self.close()
-        return verdicts
+    async def _judge(self, text: str, *, last: bool) -> list[TokenVerdict]:
+        stream = self._text or await self._begin()
+        tokens = stream.finish().tokens if last else await _feed(stream, text)
+        return await self._judged(tokens, stream, last=last)
 
     def close(self) -> None:
         """Give everything back at once; safe to call any number of times, also while a feed is running."""
-        self._closed = True
+        super().close()
         if self._handle is not None:
             self._handle.close()
-        self._guard._open.discard(self)
-
-    async def _take(self, text: str, *, last: bool) -> tuple[TokenVerdict, ...]:
-        if self._closed:
-            raise SessionClosed("the session is closed")
-        if self._busy:
-            raise GuardError("a session takes one piece of text at a time")
-        self._busy = True
-        try:
-            stream = self._text or await self._begin()
-            tokens = stream.finish().tokens if last else await _feed(stream, text)
-            verdicts = await self._judge(tokens, stream, last=last)
-            self._check_open()
-            return tuple(verdicts)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            self._busy = False
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SessionClosed("the session was closed while it judged")
 
     async def _begin(self) -> IncrementalQwenTokens:
         """Lay out what came before, and begin to read the text behind it."""
@@ -381,7 +336,9 @@ class Qwen3StreamSession:
     def _lay_out(self) -> Opening:
         return self._guard._template.opening(self._before, self._channel, reasoning=self._reasoning, name=self._tool)
 
-    async def _judge(self, tokens: Sequence[Token], stream: IncrementalQwenTokens, *, last: bool) -> list[TokenVerdict]:
+    async def _judged(
+        self, tokens: Sequence[Token], stream: IncrementalQwenTokens, *, last: bool
+    ) -> list[TokenVerdict]:
         ids, lead = [token.id for token in tokens], self._leading(tokens)
         ends = [token.end for token in tokens[lead:]]
         if last and not ends:

@@ -76,10 +76,10 @@ def toy_row(rng: random.Random, form: Form) -> ToyRow:
     return ToyRow(form, Conversation(tuple(turns)), answer)
 
 
-def toy_rows(seed: int, count: int) -> list[ToyRow]:
+def toy_rows(seed: int, count: int, forms: Sequence[Form] = FORMS) -> list[ToyRow]:
     """Rows of all forms in turn."""
     rng = random.Random(seed)
-    return [toy_row(rng, FORMS[place % len(FORMS)]) for place in range(count)]
+    return [toy_row(rng, forms[place % len(forms)]) for place in range(count)]
 
 
 @functools.cache
@@ -91,31 +91,47 @@ def gen_folder() -> Path:
     return folder
 
 
-def write_gen_folder(folder: Path, *, trained: bool) -> None:
-    """Write config, weights and tokenizer; with random weights unless ``trained``."""
-    tokenizer = tiny_tokenizer()
+def write_gen_folder(
+    folder: Path,
+    *,
+    trained: bool,
+    forms: Sequence[Form] = FORMS,
+    template: str = "",
+    steps: int = _STEPS,
+    batch: int = _BATCH,
+    **sizes: int,
+) -> None:
+    """Write config, weights, tokenizer and chat template; with random weights unless ``trained``.
+
+    Args:
+        sizes: fields of the config that differ from those of `tiny_config`.
+    """
+    tokenizer = tiny_tokenizer(forms)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"chat_template": "", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {"chat_template": template, "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.manual_seed(5)
     end = tokenizer.token_to_id("<|im_end|>")
-    model = Qwen3ForCausalLM(tiny_config(vocab_size=tokenizer.get_vocab_size(), eos_token_id=end))
+    model = Qwen3ForCausalLM(tiny_config(vocab_size=tokenizer.get_vocab_size(), eos_token_id=end, **sizes))
     if trained:
-        _train(model, PromptTokenizer.load(folder / "tokenizer.json"))
+        _train(model, PromptTokenizer.load(folder / "tokenizer.json"), forms, steps, batch)
     model.save_pretrained(folder)
 
 
-def tiny_config(*, vocab_size: int, eos_token_id: int) -> Qwen3Config:
-    """A config of Qwen3 shape, as small as it can be."""
+def tiny_config(*, vocab_size: int, eos_token_id: int, **sizes: int) -> Qwen3Config:
+    """A config of Qwen3 shape, as small as it can be but for these sizes."""
     return Qwen3Config(
         vocab_size=vocab_size,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        max_position_embeddings=4096,
+        **{
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": 128,
+            "max_position_embeddings": 4096,
+            **sizes,
+        },
         tie_word_embeddings=True,
         bos_token_id=None,
         pad_token_id=None,
@@ -123,9 +139,9 @@ def tiny_config(*, vocab_size: int, eos_token_id: int) -> Qwen3Config:
     )
 
 
-def tiny_tokenizer() -> Tokenizer:
-    """A byte-level BPE trained on toy rows, with the control tokens of Qwen3."""
-    texts = [row.form.prompt(row.conversation).text + row.answer for row in toy_rows(1, 60)]
+def tiny_tokenizer(forms: Sequence[Form] = FORMS) -> Tokenizer:
+    """A byte-level BPE trained on toy rows of these forms, with the control tokens of Qwen3."""
+    texts = [row.form.prompt(row.conversation).text + row.answer for row in toy_rows(1, 60, forms)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -139,14 +155,13 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _train(model: Qwen3ForCausalLM, tokenizer: PromptTokenizer) -> None:
-    """Answers are what is learnt, not prompts."""
+def _train(model: Qwen3ForCausalLM, tokenizer: PromptTokenizer, forms: Sequence[Form], steps: int, batch: int) -> None:
     rng = random.Random(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=_STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     model.train()
-    for _ in range(_STEPS):
-        loss = _loss(model, tokenizer, [toy_row(rng, rng.choice(FORMS)) for _ in range(_BATCH)])
+    for _ in range(steps):
+        loss = answer_loss(model, tokenizer, [toy_row(rng, rng.choice(forms)) for _ in range(batch)])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -155,7 +170,8 @@ def _train(model: Qwen3ForCausalLM, tokenizer: PromptTokenizer) -> None:
     model.eval()
 
 
-def _loss(model: Qwen3ForCausalLM, tokenizer: PromptTokenizer, rows: Sequence[ToyRow]) -> torch.Tensor:
+def answer_loss(model: Qwen3ForCausalLM, tokenizer: PromptTokenizer, rows: Sequence[ToyRow]) -> torch.Tensor:
+    """How unlikely the answers of rows are, as a scalar; nothing is learnt of their prompts."""
     end = tokenizer.control["<|im_end|>"]
     prompts = [tokenizer.ids(row.form.prompt(row.conversation)) for row in rows]
     answers = [[*tokenizer.part(row.answer), end] for row in rows]

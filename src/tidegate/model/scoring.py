@@ -5,14 +5,16 @@ of the answer as a tree of tokens; the answer is read off along the most probabl
 decoding would say, token by token; where it leaves the tree it is followed one token at a time, and where it leaves the
 form there is no verdict. The probability of a severity is that of its whole sequence of tokens.
 
-The fixed beginning of a prompt is computed once. Prompts of similar length are computed together; nothing of one
-reaches another, though a model may round differently in company (far below 1e-4 in float32, visibly in bfloat16).
+The fixed beginning of a prompt is computed once for each adapter. Prompts of similar length are computed together,
+whatever their adapters; nothing of one reaches another, though a model may round differently in company (far below 1e-4
+in float32, visibly in bfloat16).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -22,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict
+from tidegate.model.adapters import Adapters
 from tidegate.model.draft_tree import ROOT, DraftTree
 from tidegate.model.loading import DTYPES, checkpoint_folder
 from tidegate.model.prompt_tokens import PromptTokenizer
@@ -42,6 +45,8 @@ _ROOM: Final = 128
 """Columns of the cache beside those of the prompts: for two trees, or for one and the steps of a reason."""
 _LOGIT_ROWS: Final = 64
 """Positions whose logits are computed at once: each has as many as there are tokens."""
+_MOST_PREFIXES: Final = 64
+"""Most fixed beginnings that are kept: each has the keys and values of a few hundred tokens."""
 _ENDS: Final = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -64,6 +69,7 @@ class _Row:
     """One prompt and its answer so far."""
 
     form: Form
+    adapter: str | None
     pending: list[int]
     length: int = 0
     answer: list[int] = field(default_factory=list)
@@ -78,39 +84,59 @@ class GenModel:
     Args:
         model: as ``AutoModelForCausalLM`` loads it, in evaluation mode.
         tokenizer: of the same checkpoint.
+        adapters: where LoRA adapters for this model lie, by name: see `tidegate.model.adapters`.
+
+    Raises:
+        InputError: when the name of an adapter cannot be one.
+        GuardUnavailable: when an adapter cannot be used; says why.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PromptTokenizer) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PromptTokenizer,
+        adapters: Mapping[str, Path] = MappingProxyType({}),
+    ) -> None:
         self._model = model
+        self._adapters = Adapters(model, adapters)
         self._tokenizer = tokenizer
         self._device = model.get_input_embeddings().weight.device
         self._ends = _end_ids(model, tokenizer)
-        self._prefixes: dict[str, _Prefix] = {}
+        self._prefixes: dict[tuple[str, str | None], _Prefix] = {}
         self.longest: int = model.config.max_position_embeddings
         """Most tokens of a prompt."""
         self.settings: Mapping[str, Any] = getattr(model.config, "tidegate", None) or {}
         """The section ``tidegate`` of the config; empty when there is none."""
 
     @classmethod
-    def load(cls, name: str, *, dtype: str | None = None, device: str = "cpu") -> GenModel:
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: str | None = None,
+        device: str = "cpu",
+        adapters: Mapping[str, Path] = MappingProxyType({}),
+    ) -> GenModel:
         """Load a checkpoint: no code of its own is run.
 
         Args:
             name: a folder, or the name of a repository on the hub, which is then fetched.
             dtype: ``float32``, ``bfloat16`` or ``float16``; None for that of the checkpoint.
             device: where to compute, as torch names it.
+            adapters: where LoRA adapters for this checkpoint lie, by name.
 
         Raises:
-            InputError: when there is no such type.
-            GuardUnavailable: when the checkpoint cannot be loaded or is not of Qwen3 shape; says what is wrong.
+            InputError: when there is no such type, or the name of an adapter cannot be one.
+            GuardUnavailable: when the checkpoint or an adapter cannot be loaded or is not of Qwen3 shape; says what is
+                wrong.
         """
         if dtype is not None and dtype not in DTYPES:
             raise InputError(f"expected one of {', '.join(DTYPES)}", where="dtype")
         folder = checkpoint_folder(name)
         try:
             tokenizer = PromptTokenizer.load(folder / "tokenizer.json")
-            return cls(_load_model(folder, DTYPES.get(dtype or "", "auto"), device), tokenizer)
-        except GuardUnavailable:
+            return cls(_load_model(folder, DTYPES.get(dtype or "", "auto"), device), tokenizer, adapters)
+        except (GuardUnavailable, InputError):
             raise
         except Exception as error:  # the libraries raise dozens of kinds
             why = (str(error) or type(error).__name__).splitlines()[0]
@@ -120,34 +146,50 @@ class GenModel:
         """The token ids of a prompt. Safe to call from any thread, also while `score` runs."""
         return self._tokenizer.ids(prompt)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters."""
+        return self._adapters.names
+
     def use_threads(self, count: int) -> None:
         """Let the runs that this thread starts use so many threads."""
         torch.set_num_threads(count)
 
-    def score(self, form: Form, prompts: Sequence[Sequence[int]]) -> list[Scores | UnreadableVerdict]:
+    def score(
+        self, form: Form, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None] | None = None
+    ) -> list[Scores | UnreadableVerdict]:
         """The answers to prompts of one form, computed together; a failure is given in place of an answer.
 
         Args:
             form: with which the prompts were made.
             prompts: ids of each, at most `longest`.
+            adapters: the adapter that each is answered with, or None for the model as it is; None for that everywhere.
+
+        Raises:
+            KeyError: when there is no such adapter.
         """
         if not prompts:
             return []
+        chosen = [None] * len(prompts) if adapters is None else list(adapters)
+        rows = [_Row(form, adapter, list(ids)) for ids, adapter in zip(prompts, chosen, strict=True)]
         with torch.inference_mode():
-            batch = self._begin(form, prompts)
+            batch = self._begin(form, sorted(rows, key=lambda row: row.adapter or ""))
             while batch.rows:
                 self._advance(batch)
                 batch.drop_finished()
-        return [row.outcome or UnreadableVerdict("no answer") for row in batch.every]
+        return [row.outcome or UnreadableVerdict("no answer") for row in rows]
 
-    def _begin(self, form: Form, prompts: Sequence[Sequence[int]]) -> _Batch:
-        prefix = self._prefix(form)
-        shared = min(_common(prefix.ids, ids) for ids in prompts)
-        batch = _Batch(
-            [_Row(form, list(ids[shared:]), shared) for ids in prompts],
-            _Columns(self._model, len(prompts), max(map(len, prompts)) + _ROOM),
-        )
-        batch.columns.put(prefix, shared)
+    def _begin(self, form: Form, rows: list[_Row]) -> _Batch:
+        """Rows with one adapter stand beside each other."""
+        prefixes = {adapter: self._prefix(form, adapter) for adapter in dict.fromkeys(row.adapter for row in rows)}
+        fixed = prefixes[rows[0].adapter].ids
+        shared = min(_common(fixed, row.pending) for row in rows)
+        width = max(len(row.pending) for row in rows) + _ROOM
+        batch = _Batch(rows, _Columns(self._model, [row.adapter for row in rows], width))
+        batch.columns.put([prefixes[row.adapter] for row in rows], shared)
+        for row in rows:
+            row.pending = row.pending[shared:]
+            row.length = shared
         while (longest := max(len(row.pending) for row in batch.rows)) > _CHUNK:
             taken = [min(_CHUNK, len(row.pending) - 1) for row in batch.rows]
             self._forward(batch, [row.pending[:count] for row, count in zip(batch.rows, taken, strict=True)], None)
@@ -157,14 +199,18 @@ class GenModel:
             assert max(len(row.pending) for row in batch.rows) < longest
         return batch
 
-    def _prefix(self, form: Form) -> _Prefix:
-        """What all prompts of a form begin with, computed once."""
-        known = self._prefixes.get(form.opening)
+    def _prefix(self, form: Form, adapter: str | None) -> _Prefix:
+        """What all prompts of a form begin with, computed once with each adapter: the keys and values differ."""
+        key = form.opening, adapter
+        known = self._prefixes.pop(key, None)
         if known is None:
             ids = self._tokenizer.ids(form.fixed_beginning)
-            columns = _Columns(self._model, 1, len(ids))
+            columns = _Columns(self._model, [adapter], len(ids))
             self._run(columns, [ids], torch.arange(len(ids))[None], torch.ones(len(ids), len(ids)).bool().tril()[None])
-            known = self._prefixes[form.opening] = _Prefix(tuple(ids), columns.layers)
+            known = _Prefix(tuple(ids), columns.layers)
+            if len(self._prefixes) >= _MOST_PREFIXES:
+                del self._prefixes[next(iter(self._prefixes))]
+        self._prefixes[key] = known
         return known
 
     def _advance(self, batch: _Batch) -> None:
@@ -212,13 +258,14 @@ class GenModel:
         width = positions.shape[1]
         padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
         columns.make_room(width)
-        output = self._model.base_model(
-            input_ids=padded.to(self._device),
-            attention_mask=mask[:, None].to(self._device),
-            position_ids=positions.to(self._device),
-            past_key_values=columns,
-            use_cache=True,
-        )
+        with self._adapters.on(columns.adapters):
+            output = self._model.base_model(
+                input_ids=padded.to(self._device),
+                attention_mask=mask[:, None].to(self._device),
+                position_ids=positions.to(self._device),
+                past_key_values=columns,
+                use_cache=True,
+            )
         columns.used += width
         return output.last_hidden_state
 
@@ -289,7 +336,7 @@ class GenModel:
             row.outcome = Scores(text, MappingProxyType(row.words))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Prefix:
     """Tokens, and for each layer their keys and values, each ``[1, heads, tokens, head_dim]``."""
 
@@ -303,10 +350,6 @@ class _Batch:
 
     rows: list[_Row]
     columns: _Columns
-    every: list[_Row] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.every = list(self.rows)
 
     def drop_finished(self) -> None:
         """Go on with those that have no outcome yet."""
@@ -322,6 +365,7 @@ class _Columns:
     It has what transformers asks of a cache. Rotation is part of a key, so that a column may hold any position.
 
     Attributes:
+        adapters: for each row the adapter that its keys and values are made with; None for none.
         layers: for each layer keys and values, each ``[rows, heads, columns, head_dim]``.
         seen: ``[rows, columns]`` bool on CPU: what later tokens of the row see.
         used: how many columns are taken.
@@ -329,13 +373,14 @@ class _Columns:
 
     is_compileable = False
 
-    def __init__(self, model: PreTrainedModel, rows: int, columns: int) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: Sequence[str | None], columns: int) -> None:
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (rows, config.num_key_value_heads, columns, head_dim)
+        shape = (len(adapters), config.num_key_value_heads, columns, head_dim)
         of = model.get_input_embeddings().weight
         self.layers = [(of.new_zeros(shape), of.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
-        self.seen = torch.zeros(rows, columns, dtype=torch.bool)
+        self.adapters = list(adapters)
+        self.seen = torch.zeros(len(adapters), columns, dtype=torch.bool)
         self.used = 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -350,11 +395,15 @@ class _Columns:
         """How many columns are taken."""
         return self.used
 
-    def put(self, prefix: _Prefix, count: int) -> None:
-        """Begin every row with the first tokens of a prefix."""
-        for (keys, values), (prefix_keys, prefix_values) in zip(self.layers, prefix.layers, strict=True):
-            keys[:, :, :count] = prefix_keys[:, :, :count]
-            values[:, :, :count] = prefix_values[:, :, :count]
+    def put(self, prefixes: Sequence[_Prefix], count: int) -> None:
+        """Begin each row with the first tokens of its prefix; rows beside each other that have the same are best."""
+        start = 0
+        for prefix, run in groupby(prefixes):
+            end = start + sum(1 for _ in run)
+            for (keys, values), (prefix_keys, prefix_values) in zip(self.layers, prefix.layers, strict=True):
+                keys[start:end, :, :count] = prefix_keys[:, :, :count]
+                values[start:end, :, :count] = prefix_values[:, :, :count]
+            start = end
         self.seen[:, :count] = True
         self.used = count
 
@@ -373,6 +422,7 @@ class _Columns:
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows."""
         chosen = torch.tensor(rows, dtype=torch.int64)
+        self.adapters = [self.adapters[row] for row in rows]
         self.seen = self.seen[chosen]
         chosen = chosen.to(self.layers[0][0].device)
         if rows:

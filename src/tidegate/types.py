@@ -27,6 +27,7 @@ __all__ = [
     "Decision",
     "Example",
     "GuardFailure",
+    "Observed",
     "Probabilities",
     "Role",
     "Scope",
@@ -302,12 +303,17 @@ class Advice(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """For whom a decision is made; None means not known."""
+    """For whom a decision is made; None means not known.
+
+    ``subject`` is whose content it is, by the id that the client gives that person (OpenAI's ``safety_identifier`` or
+    ``user``). No rule reads it, no repr shows it, and the store keeps a keyed fingerprint of it only.
+    """
 
     tenant: str | None = None
     region: str | None = None
     route: str | None = None
     language: str | None = None
+    subject: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,6 +347,15 @@ class Coverage:
 
 
 @dataclass(frozen=True, slots=True)
+class Observed:
+    """What a decision would have been if all that a policy only observes were in force."""
+
+    action: Action
+    rule: str
+    advice: tuple[Advice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """Action + the rule and policy that chose it + the verdict or the failure + the coverage: the unit of audit.
 
@@ -354,6 +369,8 @@ class Decision:
         scope: for whom.
         coverage: what became of every text path.
         advice: what the policy suggests beside the action.
+        observed: what it would have been if all that the policy only observes were in force; None when that is the
+            same.
 
     Raises:
         ValueError: when both or neither of verdict and failure are given.
@@ -368,6 +385,7 @@ class Decision:
     scope: Scope = Scope()
     coverage: tuple[Coverage, ...] = ()
     advice: tuple[Advice, ...] = ()
+    observed: Observed | None = None
 
     def __post_init__(self) -> None:
         if (self.verdict is None) == (self.failure is None):

@@ -1,0 +1,430 @@
+"""The policy itself, and how it chooses: from verdict and scope to a decision."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+from tidegate.policy.rules import (
+    Controversial,
+    Degraded,
+    Layer,
+    OnGuardError,
+    Retention,
+    Rule,
+    canonical_rule,
+)
+from tidegate.types import (
+    Action,
+    Advice,
+    Category,
+    Coverage,
+    Decision,
+    GuardFailure,
+    Observed,
+    Probabilities,
+    Scope,
+    Severity,
+    Target,
+    TokenVerdict,
+    Verdict,
+)
+
+__all__ = ["DEFAULT_MESSAGE", "RESERVED_NAMES", "Policy", "ScopedPolicy", "decide", "decide_token"]
+
+DEFAULT_MESSAGE: Final = "This content was stopped by a safety policy."
+RESERVED_NAMES: Final = ("otherwise", "on_guard_error", "controversial", "observe")
+"""Names that a decision gives when no rule of the file chose; a rule cannot take them."""
+
+_REPLACED: Final = (
+    "otherwise",
+    "controversial",
+    "debounce",
+    "retention",
+    "degraded",
+    "deadline_ms",
+    "observe",
+    "message",
+)
+"""What a layer says in the place of what is below it."""
+_REMEMBERED: Final = 1024
+"""So many scopes are worked out in advance; then it begins anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """From verdict and scope to action, as data.
+
+    Attributes:
+        name: of the policy.
+        rules: tried in order; see the package's text.
+        on_guard_error: what is done when the guard cannot judge, for the kinds of failure that are not in
+            ``failure_actions``.
+        otherwise: what is done when no rule matches.
+        controversial: what a controversial verdict is that no rule speaks of.
+        debounce: how many consecutive tokens must call for BLOCK before a stream is stopped; at least 1.
+        retention: how the text of a decision is stored.
+        thresholds: for each category named, the least probability, given that the text is not safe, at which it counts
+            as present, in [0, 1].
+        custom_categories: names beside the official nine that rules and thresholds may use.
+        message: shown to the sender on a BLOCK.
+        failure_actions: what is done after a failure of one kind: ``unavailable``, ``overloaded``, ``timeout``,
+            ``unreadable``.
+        degraded: ``edge`` lets the edge guard judge alone where the guard cannot; only when that fails too,
+            ``on_guard_error`` is done.
+        deadline_ms: milliseconds that the guard may take for a text or a piece of one, at least 1; None for as long as
+            whoever asks it lets it.
+        observe: nothing is enforced: every decision is ALLOW, and says what it would have been.
+        instructions: told to a generative guard beside its own policy; "" for none.
+        layers: what is different for a region, a tenant, or a route. A policy that `at` gave has none.
+        version: the first 12 hexadecimal digits of the SHA-256 of the canonical form, layers included.
+
+    Raises:
+        ValueError: when two rules have the same name, two layers are for the same, or debounce is less than 1.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    on_guard_error: Action
+    otherwise: Action
+    controversial: Controversial = "review"
+    debounce: int = 2
+    retention: Retention = "hash"
+    thresholds: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    custom_categories: tuple[str, ...] = ()
+    message: str = DEFAULT_MESSAGE
+    failure_actions: Mapping[str, Action] = field(default_factory=lambda: MappingProxyType({}))
+    degraded: Degraded = "none"
+    deadline_ms: int | None = None
+    observe: bool = False
+    instructions: str = ""
+    layers: tuple[Layer, ...] = ()
+    version: str = field(init=False)
+    _at: dict[Scope, Policy] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _scoped: dict[tuple[Scope, Target], ScopedPolicy] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        if self.debounce < 1:
+            raise ValueError(f"debounce must be at least 1, got {self.debounce}")
+        names = [rule.name for rule in self.all_rules]
+        if len(set(names)) != len(names):
+            raise ValueError("two rules of a policy have the same name")
+        parts = {(layer.kind, layer.canonical()["pattern"]) for layer in self.layers}
+        if len(parts) != len(self.layers):
+            raise ValueError("two layers of a policy are for the same")
+        object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
+        object.__setattr__(self, "failure_actions", MappingProxyType(dict(self.failure_actions)))
+        digest = hashlib.sha256(self.canonical().encode("utf-8")).hexdigest()
+        object.__setattr__(self, "version", digest[:12])
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.version))
+
+    @property
+    def current(self) -> Policy:
+        """Itself, so that it can stand where a `WatchedPolicy` can."""
+        return self
+
+    @property
+    def all_rules(self) -> tuple[Rule, ...]:
+        """The rules of the default and of every layer."""
+        return (*self.rules, *(rule for layer in self.layers for rule in layer.rules))
+
+    def canonical(self) -> str:
+        """The policy as JSON with sorted keys, defaults written out, and unordered lists sorted.
+
+        Two files have the same canonical form exactly when they mean the same: comments, white space, quoting and the
+        order of keys do not count, the order of rules does.
+        """
+        content = {
+            "name": self.name,
+            "controversial": self.controversial,
+            "on_guard_error": OnGuardError(self.on_guard_error, self.failure_actions).canonical(),
+            "otherwise": self.otherwise.word,
+            "debounce": self.debounce,
+            "retention": self.retention,
+            "thresholds": {name: float(value) for name, value in self.thresholds.items()},
+            "custom_categories": sorted(self.custom_categories),
+            "message": self.message,
+            "rules": [canonical_rule(rule) for rule in self.rules],
+        } | self._newer()
+        return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+    def _newer(self) -> dict[str, object]:
+        """What came after the first version of the form: only what is set, so that older files keep their version."""
+        said: dict[str, object] = {
+            "degraded": "" if self.degraded == "none" else self.degraded,
+            "deadline_ms": self.deadline_ms,
+            "observe": self.observe,
+            "instructions": self.instructions,
+            "layers": [layer.canonical() for layer in sorted(self.layers, key=lambda one: (one.height, one.pattern))],
+        }
+        return {key: value for key, value in said.items() if value}
+
+    # whom it is for
+
+    def layers_for(self, scope: Scope) -> tuple[Layer, ...]:
+        """The layers that a scope has, lowest first."""
+        return tuple(sorted((layer for layer in self.layers if layer.concerns(scope)), key=lambda one: one.height))
+
+    def at(self, scope: Scope) -> Policy:
+        """This policy as it is for a scope, all layers laid on the default; computed once for each scope.
+
+        Its version is that of the whole. What a whole exchange needs, `message_for` and retention as well as rules,
+        comes from here.
+        """
+        if not self.layers:
+            return self
+        found = self._at.get(scope)
+        if found is None:
+            if len(self._at) >= _REMEMBERED:
+                self._at.clear()
+            found = self._at[scope] = self._laid(self.layers_for(scope))
+        return found
+
+    def _laid(self, layers: Iterable[Layer]) -> Policy:
+        laid = replace(self, layers=())
+        for layer in layers:
+            kept = tuple(rule for rule in laid.rules if rule.name not in layer.without)
+            said: dict[str, Any] = {
+                name: getattr(layer, name) for name in _REPLACED if getattr(layer, name) is not None
+            }
+            if layer.on_guard_error is not None:
+                said["on_guard_error"] = layer.on_guard_error.default
+                said["failure_actions"] = layer.on_guard_error.kinds
+            if layer.instructions is not None:
+                said["instructions"] = "\n".join(filter(None, (laid.instructions, layer.instructions)))
+            thresholds = {**laid.thresholds, **layer.thresholds}
+            laid = replace(laid, rules=(*layer.rules, *kept), thresholds=thresholds, **said)
+        object.__setattr__(laid, "version", self.version)
+        return laid
+
+    def for_scope(self, scope: Scope, target: Target) -> ScopedPolicy:
+        """The part of this policy that concerns a scope and target, compiled; computed once for each pair.
+
+        A stream asks once and then calls `ScopedPolicy.action` for each token.
+        """
+        key = (scope, target)
+        scoped = self._scoped.get(key)
+        if scoped is None:
+            if len(self._scoped) >= _REMEMBERED:
+                self._scoped.clear()
+            scoped = self._scoped[key] = ScopedPolicy(self.at(scope), scope, target)
+        return scoped
+
+    # what it says
+
+    def on_failure(self, kind: str) -> Action:
+        """What is done when the guard cannot judge, by the kind of failure; where nothing is enforced, what would be.
+
+        ``kind`` is that of a GuardFailure: the name of its exception's class. Layers do not count: ask `at` first.
+        """
+        return OnGuardError(self.on_guard_error, self.failure_actions).action(kind)
+
+    def message_for(self, rule: str) -> str:
+        """What the sender is shown when the rule of this name blocks."""
+        for candidate in self.rules:
+            if candidate.name == rule and candidate.message is not None:
+                return candidate.message
+        return self.message
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------
+
+
+class _Choice(NamedTuple):
+    """What one rule chooses. ``place`` is its position in the order; the built-in choices come last."""
+
+    action: Action
+    rule: str
+    place: int
+    advice: tuple[Advice, ...] = ()
+
+
+_Entry = tuple[Severity, float, float, _Choice]
+"""A rule once scope, target and category are settled: severity, least P(unsafe) and P(flagged), and what it chooses."""
+_ANY: Final = -1.0
+
+
+class ScopedPolicy:
+    """A policy for one scope and target: only the rules that can still match, grouped by category. Immutable.
+
+    Args:
+        policy: without layers, as `Policy.at` gives it.
+        scope: for whom.
+        target: about what.
+        enforced: leave out what is only observed; else it is taken as if it were in force.
+
+    Attributes:
+        observing: the same with all that is only observed in force; None when nothing is only observed.
+    """
+
+    __slots__ = (
+        "_by_category",
+        "_controversial",
+        "_fallback",
+        "_general",
+        "_lift",
+        "_quiet",
+        "_thresholds",
+        "observing",
+        "policy",
+        "scope",
+        "target",
+    )
+
+    def __init__(self, policy: Policy, scope: Scope, target: Target, *, enforced: bool = True) -> None:
+        self.policy = policy
+        self.scope = scope
+        self.target = target
+        concerned = [rule for rule in enumerate(policy.rules) if rule[1].concerns(scope, target)]
+        watched = policy.observe or any(rule.observe for _, rule in concerned)
+        self.observing = ScopedPolicy(policy, scope, target, enforced=False) if enforced and watched else None
+        self._quiet = enforced and policy.observe
+        end = len(policy.rules)
+        self._fallback = _Choice(policy.otherwise, "otherwise", end)
+        self._controversial = (
+            _Choice(Action.REVIEW, "controversial", end)
+            if policy.controversial == "review" and policy.otherwise < Action.REVIEW
+            else self._fallback
+        )
+        self._lift = policy.controversial == "unsafe"
+        self._thresholds = dict(policy.thresholds)
+        rules = [(place, rule) for place, rule in concerned if not (enforced and rule.observe)]
+        self._general = _entries(rules, None)
+        named = {category for _, rule in rules for category in rule.categories}
+        if target is Target.RESPONSE:
+            named.discard(Category.JAILBREAK.value)
+        self._by_category = {category: _entries(rules, category) for category in named}
+
+    def action(self, token: TokenVerdict) -> Action:
+        """What this token alone calls for. The same as deciding on a verdict that says what the token says."""
+        if self._quiet:
+            return Action.ALLOW
+        entries = self._general
+        category = token.category
+        if category is not None:
+            threshold = self._thresholds.get(category)
+            present = token.severity > 0 if threshold is None else token.category_probability >= threshold
+            if present:
+                entries = self._by_category.get(category, entries)
+        return self._first(entries, token.severity, token.probabilities).action
+
+    def decide(self, verdict: Verdict, coverage: Iterable[Coverage] = ()) -> Decision:
+        """Apply the policy to a verdict on this target."""
+        decision = self._decide(verdict, tuple(coverage))
+        if self.observing is None:
+            return decision
+        return observed(decision, self.observing._decide(verdict), quiet=self._quiet)
+
+    def present(self, verdict: Verdict) -> list[str]:
+        """The categories that a verdict on this target has by the thresholds of the policy, sorted."""
+        probabilities = verdict.category_probabilities
+        judged = self._thresholds.keys() & probabilities.keys()
+        present = {name for name in judged if probabilities[name] >= self._thresholds[name]}
+        present.update(name for name in verdict.categories if name not in judged)
+        if self.target is Target.RESPONSE:
+            present.discard(Category.JAILBREAK.value)
+        return sorted(present)
+
+    def _decide(self, verdict: Verdict, coverage: tuple[Coverage, ...] = ()) -> Decision:
+        choices = [
+            self._first(self._by_category.get(category, self._general), verdict.severity, verdict.probabilities)
+            for category in self.present(verdict)
+        ] or [self._first(self._general, verdict.severity, verdict.probabilities)]
+        chosen = max(choices, key=lambda choice: (choice.action, -choice.place))
+        advice = {advice for choice in choices for advice in choice.advice}
+        return Decision(
+            chosen.action,
+            chosen.rule,
+            self.policy.name,
+            self.policy.version,
+            verdict=verdict,
+            scope=self.scope,
+            coverage=coverage,
+            advice=tuple(sorted(advice, key=list(Advice).index)),
+        )
+
+    def _first(self, entries: tuple[_Entry, ...], severity: Severity, probabilities: Probabilities) -> _Choice:
+        unsafe, flagged = probabilities.unsafe, probabilities.flagged
+        for least, min_unsafe, min_flagged, choice in entries:
+            if severity >= least and unsafe >= min_unsafe and flagged >= min_flagged:
+                return choice
+        if self._lift:
+            lifted = Severity.SAFE if severity == Severity.SAFE else Severity.UNSAFE
+            for least, min_unsafe, min_flagged, choice in entries:
+                if lifted >= least and flagged >= min_unsafe and flagged >= min_flagged:
+                    return choice
+        return self._fallback if severity < Severity.CONTROVERSIAL else self._controversial
+
+
+def _entries(rules: Iterable[tuple[int, Rule]], category: str | None) -> tuple[_Entry, ...]:
+    return tuple(
+        (
+            rule.severity,
+            _ANY if rule.min_unsafe is None else rule.min_unsafe,
+            _ANY if rule.min_flagged is None else rule.min_flagged,
+            _Choice(rule.action, rule.name, place, rule.advice),
+        )
+        for place, rule in rules
+        if not rule.categories or category in rule.categories
+    )
+
+
+def observed(decision: Decision, other: Decision, *, quiet: bool = False) -> Decision:
+    """What is enforced, with what it would have been.
+
+    Args:
+        decision: by what is in force.
+        other: by all, what is only observed included.
+        quiet: the whole policy is only observed, so that nothing but ALLOW is enforced.
+    """
+    if quiet:
+        if other.action is Action.ALLOW and not other.advice:
+            return replace(decision, action=Action.ALLOW, rule=other.rule, advice=())
+        decision = replace(decision, action=Action.ALLOW, rule="observe", advice=())
+    if (decision.action, decision.rule, decision.advice) == (other.action, other.rule, other.advice):
+        return decision
+    return replace(decision, observed=Observed(other.action, other.rule, other.advice))
+
+
+def decide(
+    policy: Policy,
+    verdict: Verdict | GuardFailure,
+    scope: Scope = Scope(),  # noqa: B008 - frozen
+    coverage: Iterable[Coverage] = (),
+) -> Decision:
+    """What the policy does about a verdict, or about a guard that could not judge. Every input has a decision."""
+    if isinstance(verdict, Verdict):
+        return policy.for_scope(scope, verdict.target).decide(verdict, coverage)
+    here = policy.at(scope)
+    decision = Decision(
+        here.on_failure(verdict.kind),
+        "on_guard_error",
+        here.name,
+        here.version,
+        failure=verdict,
+        scope=scope,
+        coverage=tuple(coverage),
+    )
+    return observed(decision, decision, quiet=True) if here.observe else decision
+
+
+def decide_token(
+    policy: Policy,
+    token: TokenVerdict,
+    *,
+    target: Target = Target.RESPONSE,
+    scope: Scope = Scope(),  # noqa: B008 - frozen
+) -> Action:
+    """What one token of a stream alone calls for, before any debounce.
+
+    A stream of many tokens asks `Policy.for_scope` once, and then its ``action``.
+    """
+    return policy.for_scope(scope, target).action(token)

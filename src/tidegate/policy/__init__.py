@@ -40,8 +40,11 @@ from tidegate.policy.deciding import (
     decide_token,
     observed,
 )
+from tidegate.policy.explaining import Explanation, explain
 from tidegate.policy.reading import FIELDS, MAX_BYTES, PRESETS, load_policy, parse_policy
+from tidegate.policy.replaying import Change, Replay
 from tidegate.policy.rules import Controversial, Degraded, Layer, LayerKind, OnGuardError, Retention, Rule
+from tidegate.policy.watching import PolicySource, WatchedPolicy
 
 __all__ = [
     "DEFAULT_MESSAGE",
@@ -49,17 +52,23 @@ __all__ = [
     "MAX_BYTES",
     "PRESETS",
     "RESERVED_NAMES",
+    "Change",
     "Controversial",
     "Degraded",
+    "Explanation",
     "Layer",
     "LayerKind",
     "OnGuardError",
     "Policy",
+    "PolicySource",
+    "Replay",
     "Retention",
     "Rule",
     "ScopedPolicy",
+    "WatchedPolicy",
     "decide",
     "decide_token",
+    "explain",
     "load_policy",
     "observed",
     "parse_policy",

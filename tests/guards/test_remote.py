@@ -45,6 +45,10 @@ CHANCES = {
     HARM: {" Unsafe": 0.8, " Safe": 0.15, " Uns": 0.03, " Contro": 0.02},
 }
 """What the fake model thinks at the place of the severity."""
+OPENAI_FIELDS = {
+    *("model", "messages", "prompt", "max_tokens", "temperature", "top_p", "logprobs", "top_logprobs"),
+    *("presence_penalty", "frequency_penalty"),
+}
 SHOWN = re.compile(r"<BEGIN CONVERSATION>\n\n(.*)\n\n<END CONVERSATION>", re.DOTALL)
 
 
@@ -53,7 +57,8 @@ class FakeGen:
     """A server with a Gen guard that judges by words, in the manner of an engine.
 
     ``engine``: ``vllm``; ``llama_cpp`` sends null for bytes; ``llama_server`` lists tokens alike on both routes;
-    ``bpe`` spells tokens in the byte alphabet; ``serve`` ignores logprobs; ``few`` refuses more than 5 alternatives.
+    ``bpe`` spells tokens in the byte alphabet; ``serve`` ignores logprobs; ``few`` refuses more than 5 alternatives;
+    ``strict`` refuses what OpenAI's interface has not.
     """
 
     engine: str = "vllm"
@@ -74,6 +79,8 @@ class FakeGen:
             return Reply.error(404, "no such route")
         if self.engine == "few" and max(body.get("top_logprobs", 0), int(body.get("logprobs", 0))) > 5:
             return Reply.error(400, "at most 5")
+        if self.engine == "strict" and not set(body) <= OPENAI_FIELDS:
+            return Reply.error(422, "unknown fields")
         prompt = self.rendered(body["messages"]) if kind == "chat" else body["prompt"]
         self.prompts.append(prompt)
         answer = (self.says or self.judged)(prompt)
@@ -157,7 +164,7 @@ Make = Callable[..., RemoteGuard]
 
 # --- verdicts -----------------------------------------------------------------------------------------------------
 
-ENGINES = ("vllm", "llama_cpp", "llama_server", "bpe", "few")
+ENGINES = ("vllm", "llama_cpp", "llama_server", "bpe", "few", "strict")
 
 
 @pytest.mark.parametrize("route", ["auto", "chat", "completions"])
@@ -199,6 +206,29 @@ async def test_the_request_is_greedy_and_short_and_asks_for_alternatives(make: M
     assert body["max_tokens"] <= 100
     assert body["messages"] == [{"role": "user", "content": "Hello"}]
     assert "authorization" not in upstream.received[-1].headers
+
+
+async def test_no_request_lets_a_server_punish_repetition(make: Make) -> None:
+    fake = FakeGen()
+
+    await make(fake, probabilities="sampled", samples=2).judge(Conversation.of("Hello"))
+
+    for body in fake.bodies:
+        assert (body["presence_penalty"], body["frequency_penalty"]) == (0, 0)
+        assert (body["repeat_penalty"], body["repetition_penalty"]) == (1, 1)
+    assert all((body["top_p"], body["top_k"], body["min_p"]) == (1, 0, 0) for body in fake.bodies[-2:])
+
+
+async def test_a_server_that_refuses_unknown_fields_is_asked_without_them(make: Make) -> None:
+    fake = FakeGen("strict")
+    guard = make(fake)
+
+    await guard.judge(Conversation.of("Hello"))
+    fake.bodies.clear()
+    await guard.judge(Conversation.of("A bomb?"))
+
+    assert len(fake.bodies) == 1
+    assert (fake.bodies[0]["top_logprobs"], fake.bodies[0]["frequency_penalty"]) == (20, 0)
 
 
 async def test_reasoning_and_tool_calls_are_judged_too_and_the_worst_counts(make: Make) -> None:

@@ -13,6 +13,10 @@ and as a raw completion with the prompt that we render. Its chat template is rig
 number of tokens; where there are no raw completions, when the number is that of the official prompt. Else raw
 completions are used. A server that has neither in order is not used at all. It is asked again after it failed.
 
+Decoding. Some servers punish repetition unless they are told not to, and an answer repeats words of its prompt: every
+request says that it must not be done, under the names that engines have for it. A server that refuses names that are
+not OpenAI's is found out by the same probe, and asked without them.
+
 Control tokens. A server reads ``<|im_end|>`` in a text as a control token. Here it cannot be prevented by tokenizing,
 so such sequences are broken with a visible bar, ``<¦|im_end|>``, before the text is sent. How many there were stands in
 the verdict's ``reason``, because the coverage of a decision cannot be reached from a guard.
@@ -70,6 +74,13 @@ _NO_SUCH_ROUTE: Final = (400, 404, 405, 422, 500, 501)
 """Statuses of a probe that speak against the route, not against the server."""
 _LENGTHS: Final = {"official": 96, "reason": 384}
 _SAMPLE_LENGTH: Final = 12
+_PLAIN: Final = {"presence_penalty": 0, "frequency_penalty": 0, "repeat_penalty": 1.0, "repetition_penalty": 1.0}
+"""What servers must not do to a greedy answer, though some do it unless told (llama-cpp-python, Ollama): all words of
+an answer stand in the prompt, and are repeated. The last two are the names of several engines for one thing."""
+_WHOLE: Final = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0}
+"""A sample of the whole distribution."""
+_STANDARD: Final = frozenset(("temperature", "top_p", "presence_penalty", "frequency_penalty"))
+"""What every server knows."""
 _CONTROL: Final = re.compile(r"<(?=\|[^\s<>|]{1,64}\|>|/?(?:think|tool_call|tool_response)>)")
 _BROKEN: Final = "<¦"
 
@@ -140,10 +151,22 @@ class RemoteConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """How a server is asked: where, and for how many alternatives; 0 for none."""
+    """How a server is asked.
+
+    Attributes:
+        path: where.
+        top: for how many alternatives; 0 for none.
+        strict: whether it refuses what OpenAI's interface has not.
+    """
 
     path: str
     top: int
+    strict: bool = False
+
+    def decoding(self, *, sample: bool) -> dict[str, float]:
+        """How the next tokens are to be chosen."""
+        fields = _PLAIN | (_WHOLE if sample else {"temperature": 0})
+        return {name: value for name, value in fields.items() if name in _STANDARD or not self.strict}
 
 
 class RemoteGuard:
@@ -258,9 +281,8 @@ class RemoteGuard:
         self, server: Server, route: _Route, conversation: Conversation, *, sample: bool = False
     ) -> Completion:
         """One request. Samples have no seed: a seed makes vLLM 0.32 on CPU break down when a prompt comes in parts."""
-        body: dict[str, Any] = {"model": self.config.model, "max_tokens": _LENGTHS[self.config.form], "temperature": 0}
-        if sample:
-            body |= {"max_tokens": _SAMPLE_LENGTH, "temperature": 1, "top_p": 1}
+        length = _SAMPLE_LENGTH if sample else _LENGTHS[self.config.form]
+        body: dict[str, Any] = {"model": self.config.model, "max_tokens": length, **route.decoding(sample=sample)}
         if route.path == _CHAT:
             body["messages"] = _messages(conversation)
             body |= {"logprobs": True, "top_logprobs": route.top} if route.top else {}
@@ -316,18 +338,19 @@ class RemoteGuard:
             ServerTrouble: when the server cannot be used.
         """
         form = self._forms[target]
-        for top in (self._top, min(self._top, _OFTEN_ENOUGH)):
-            route = _Route(path, top)
+        tops = dict.fromkeys((self._top, min(self._top, _OFTEN_ENOUGH)))
+        routes = [_Route(path, top, strict) for strict in (False, True) for top in tops]
+        for route in routes:
             try:
                 completion = await self._ask(server, route, PROBES[target])
             except ServerTrouble as trouble:
-                if trouble.status in (400, 422) and top > _OFTEN_ENOUGH:
+                if trouble.status in (400, 422) and route is not routes[-1]:
                     continue
                 if trouble.status in _NO_SUCH_ROUTE or isinstance(trouble.error, UnreadableVerdict):
                     raise trouble.error from None
                 raise
             form.parse(_answer_of(completion))
-            if top:
+            if route.top:
                 severity_probabilities(form, completion)
             return route, completion
         raise GuardUnavailable("the server cannot use the request")

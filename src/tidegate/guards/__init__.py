@@ -4,7 +4,7 @@
 (``stream:OWNER/NAME``): prompts, answers, and answers while they are written. ``gen:FOLDER`` is a Gen checkpoint, by
 folder or by name in the same way.
 ``cascade:FIRST,SECOND`` asks a second guard where the first is not sure; ``cascade:FILE`` says when, as data.
-``remote:URL#MODEL`` is a Gen guard behind an OpenAI-compatible server.
+``remote:URL#MODEL`` is a Gen guard behind an OpenAI-compatible server, ``vllm-stream:URL`` a Stream guard behind vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Guard", "GuardRow", "Session", "StreamGuard", "list_guards", "load_g
 
 _SPECS: Final = (
     "expected edge, or edge:FOLDER with a folder that tidegate export wrote, or stream:FOLDER, or gen:FOLDER, "
-    "or cascade:FIRST,SECOND, or remote:URL#MODEL"
+    "or cascade:FIRST,SECOND, or remote:URL#MODEL, or vllm-stream:URL"
 )
 _CHECKPOINTS: Final = ("stream", "gen")
 
@@ -54,7 +54,8 @@ def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard
             ``stream:FOLDER`` or ``stream:OWNER/NAME`` for a Stream checkpoint, and ``gen:FOLDER`` or ``gen:OWNER/NAME``
             for a Gen checkpoint, which both need the extra ``torch``;
             ``cascade:FIRST,SECOND`` with the specs of two guards, or ``cascade:FILE`` with a YAML or JSON file;
-            ``remote:URL[,URL...]#MODEL`` for a Gen guard behind a server or several, or ``remote:FILE``.
+            ``remote:URL[,URL...]#MODEL`` for a Gen guard behind a server or several, or ``remote:FILE``;
+            ``vllm-stream:URL[,URL...][#MODEL]`` for a Stream guard behind vLLM servers, or ``vllm-stream:FILE``.
         threads: how many threads one run of the model may use; None for one, and on torch for its own choice.
 
     Raises:
@@ -63,7 +64,7 @@ def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard
     """
     kind, _, rest = spec.partition(":")
     nameless = not rest and (kind in _CHECKPOINTS or ":" in spec)
-    if kind not in ("edge", "cascade", "remote", *_CHECKPOINTS) or nameless:
+    if kind not in ("edge", "cascade", "remote", "vllm-stream", *_CHECKPOINTS) or nameless:
         raise InputError(f"unknown guard {spec!r}: {_SPECS}", where="guard")
     if kind == "cascade":
         from tidegate.guards.cascade import load_cascade
@@ -73,6 +74,10 @@ def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard
         from tidegate.guards.remote import load_remote
 
         return load_remote(rest)
+    if kind == "vllm-stream":
+        from tidegate.guards.vllm_stream import load_vllm_stream
+
+        return load_vllm_stream(rest)
     if kind in _CHECKPOINTS:
         return _load_checkpoint(kind, rest, threads)
     from tidegate.guards.edge import EdgeGuard

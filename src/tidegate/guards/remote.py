@@ -46,7 +46,7 @@ from tidegate.guards.remote_answers import (
     severity_of,
     severity_probabilities,
 )
-from tidegate.guards.remote_servers import Server, ServerPool, ServerTrouble, base_address
+from tidegate.guards.remote_servers import Server, ServerPool, ServerTrouble, base_address, read_key
 from tidegate.guards.spec_file import read_spec_file
 from tidegate.prompts import Form, official_form, reason_form, texts_to_judge
 from tidegate.types import Conversation, Probabilities, Role, Severity, Target, ToolCall, Turn, Verdict, worst
@@ -460,15 +460,4 @@ def load_remote(rest: str) -> RemoteGuard:
         GuardUnavailable: when the key cannot be read.
     """
     config = read_remote(rest)
-    return RemoteGuard(config, key=None if config.key_file is None else _key(Path(config.key_file)))
-
-
-def _key(path: Path) -> str:
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise GuardUnavailable(f"cannot read the key file {path}: {reason}") from None
-    if not key or not (key.isascii() and key.isprintable()):
-        raise GuardUnavailable(f"the key file {path} must hold one line of printable ASCII characters")
-    return key
+    return RemoteGuard(config, key=None if config.key_file is None else read_key(Path(config.key_file)))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -28,7 +29,7 @@ from tidegate.errors import (
     UnreadableVerdict,
 )
 
-__all__ = ["Server", "ServerPool", "ServerTrouble", "base_address"]
+__all__ = ["Server", "ServerPool", "ServerTrouble", "base_address", "read_key"]
 
 T = TypeVar("T")
 
@@ -49,8 +50,12 @@ _REFUSALS: Final = {
 }
 
 
-def base_address(url: str) -> str:
+def base_address(url: str, path: str = "/v1") -> str:
     """The address that paths are appended to: ``http://host`` means ``http://host/v1``; a path is taken as it is.
+
+    Args:
+        url: where the server is.
+        path: what an address without a path means.
 
     Raises:
         InputError: when it is not an http or https address, or has a name, a password, a query or a fragment.
@@ -66,8 +71,23 @@ def base_address(url: str) -> str:
         raise InputError("an address must not hold a name or a password: use key_file")
     if parts.query or parts.fragment:
         raise InputError("an address has no ?query and no #fragment")
-    path = parts.path.rstrip("/")
-    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or path}"
+
+
+def read_key(path: Path) -> str:
+    """The key that a file holds.
+
+    Raises:
+        GuardUnavailable: when it cannot be read, or is not one line of printable ASCII characters.
+    """
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise GuardUnavailable(f"cannot read the key file {path}: {reason}") from None
+    if not key or not (key.isascii() and key.isprintable()):
+        raise GuardUnavailable(f"the key file {path} must hold one line of printable ASCII characters")
+    return key
 
 
 class ServerTrouble(Exception):
@@ -131,6 +151,7 @@ class ServerPool:
 
     Args:
         urls: base addresses, at least one.
+        path: what an address without a path means.
         key: sent as bearer token; None for none.
         timeout_s: seconds that one request may take.
         connect_timeout_s: seconds until a connection stands.
@@ -145,6 +166,7 @@ class ServerPool:
         self,
         urls: tuple[str, ...],
         *,
+        path: str = "/v1",
         key: str | None = None,
         timeout_s: float = 20.0,
         connect_timeout_s: float = 5.0,
@@ -154,7 +176,7 @@ class ServerPool:
         rest_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.servers = tuple(Server(base_address(url)) for url in urls)
+        self.servers = tuple(Server(base_address(url, path)) for url in urls)
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_timeout_s)
         self._attempts = attempts
@@ -166,11 +188,12 @@ class ServerPool:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.closed = False
 
-    async def run(self, work: Callable[[Server], Awaitable[T]]) -> T:
+    async def run(self, work: Callable[[Server], Awaitable[T]], *, first: Server | None = None) -> T:
         """Do some work with the server that has least to do, and with another one when that fails.
 
         Args:
             work: raises ServerTrouble when the server fails; other errors end the attempt and speak for nobody.
+            first: the server that is tried first if it may be asked, however much it has to do; None for none.
 
         Raises:
             GuardOverloaded: when every server is full or asks to be left alone.
@@ -180,7 +203,7 @@ class ServerPool:
         tried: list[Server] = []
         error: GuardError | None = None
         for _ in range(self._attempts):
-            server = self._pick(tried)
+            server = self._pick(tried, first)
             if server is None:
                 break
             tried.append(server)
@@ -251,8 +274,10 @@ class ServerPool:
             )
         return self._client
 
-    def _pick(self, tried: list[Server]) -> Server | None:
+    def _pick(self, tried: list[Server], first: Server | None) -> Server | None:
         free = [server for server in self.servers if server not in tried and self._may_be_asked(server)]
+        if first in free:
+            return first
         return min(free, key=lambda server: (server.open, server.used), default=None)
 
     def _may_be_asked(self, server: Server) -> bool:

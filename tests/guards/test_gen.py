@@ -74,13 +74,13 @@ class Runs:
         model: Any = guard._worker._model
         score = model.score
 
-        def counted(form: Form, prompts: Sequence[Sequence[int]]) -> Any:
+        def counted(form: Form, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]) -> Any:
             self.sizes.append(len(prompts))
             self.started.set()
             assert self.go_on.wait(60)
             if self.error is not None:
                 raise self.error
-            return score(form, prompts)
+            return score(form, prompts, adapters)
 
         model.score = counted
 
@@ -236,7 +236,7 @@ async def test_a_prompt_that_is_too_long_is_a_guard_error_that_says_so(guard: Ge
 async def test_a_long_prompt_is_read_whole(guard: GenGuard) -> None:
     lengths = []
 
-    def noted(form: Form, prompts: Sequence[Sequence[int]]) -> list[Scores]:
+    def noted(form: Form, prompts: Sequence[Sequence[int]], _: Sequence[str | None]) -> list[Scores]:
         lengths.extend(map(len, prompts))
         return always_safe(form, prompts)
 
@@ -333,7 +333,7 @@ def test_verdicts_of_a_stream_do_not_depend_on_how_it_is_cut(shared: GenGuard, p
     assert len(whole) > 4
 
 
-def always_safe(form: Form, prompts: Sequence[Sequence[int]]) -> list[Scores]:
+def always_safe(form: Form, prompts: Sequence[Sequence[int]], *_: object) -> list[Scores]:
     kind = form.lines[0].kind
     words = {"Safe": 0.9, "Controversial": 0.1, "Unsafe": 0.0}
     return [Scores("Safety: Safe\nCategories: None\nRefusal: No", {kind: words}) for _ in prompts]

@@ -9,14 +9,15 @@ folder or by name in the same way.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, overload
 
 from tidegate.errors import GuardError, GuardUnavailable, InputError
-from tidegate.guards.base import Guard, Session, StreamGuard
+from tidegate.guards.base import AdaptableGuard, Guard, Session, StreamGuard
 
-__all__ = ["Guard", "GuardRow", "Session", "StreamGuard", "list_guards", "load_guard"]
+__all__ = ["AdaptableGuard", "Guard", "GuardRow", "Session", "StreamGuard", "list_guards", "load_guard"]
 
 _SPECS: Final = (
     "expected edge, or edge:FOLDER with a folder that tidegate export wrote, or stream:FOLDER, or gen:FOLDER, "
@@ -46,7 +47,13 @@ class GuardRow:
     why_not: str = ""
 
 
-def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard:
+@overload
+def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard: ...
+@overload
+def load_guard(spec: str, *, threads: int | None = None, adapters: Mapping[str, str | Path]) -> AdaptableGuard: ...
+def load_guard(
+    spec: str = "edge", *, threads: int | None = None, adapters: Mapping[str, str | Path] | None = None
+) -> StreamGuard:
     """Load a guard into memory.
 
     Args:
@@ -57,15 +64,19 @@ def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard
             ``remote:URL[,URL...]#MODEL`` for a Gen guard behind a server or several, or ``remote:FILE``;
             ``vllm-stream:URL[,URL...][#MODEL]`` for a Stream guard behind vLLM servers, or ``vllm-stream:FILE``.
         threads: how many threads one run of the model may use; None for one, and on torch for its own choice.
+        adapters: folders with LoRA adapters for a ``gen:`` guard, as peft writes them, by name. The guard itself uses
+            none; its method ``adapted`` chooses one, for as little as one request.
 
     Raises:
-        InputError: when there is no guard of that name; lists those that exist.
+        InputError: when there is no guard of that name (lists those that exist), or it takes no adapters.
         GuardUnavailable: when its files are missing or cannot be used; says which and where.
     """
     kind, _, rest = spec.partition(":")
     nameless = not rest and (kind in _CHECKPOINTS or ":" in spec)
     if kind not in ("edge", "cascade", "remote", "vllm-stream", *_CHECKPOINTS) or nameless:
         raise InputError(f"unknown guard {spec!r}: {_SPECS}", where="guard")
+    if adapters is not None and kind != "gen":
+        raise InputError(f"only gen: guards take adapters, not {kind}", where="adapters")
     if kind == "cascade":
         from tidegate.guards.cascade import load_cascade
 
@@ -79,13 +90,13 @@ def load_guard(spec: str = "edge", *, threads: int | None = None) -> StreamGuard
 
         return load_vllm_stream(rest)
     if kind in _CHECKPOINTS:
-        return _load_checkpoint(kind, rest, threads)
+        return _load_checkpoint(kind, rest, threads, adapters or {})
     from tidegate.guards.edge import EdgeGuard
 
     return EdgeGuard(Path(rest) if rest else None, threads=threads or 1)
 
 
-def _load_checkpoint(kind: str, name: str, threads: int | None) -> StreamGuard:
+def _load_checkpoint(kind: str, name: str, threads: int | None, adapters: Mapping[str, str | Path]) -> StreamGuard:
     try:
         if kind == "stream":
             from tidegate.guards.stream import Qwen3StreamGuard
@@ -93,7 +104,7 @@ def _load_checkpoint(kind: str, name: str, threads: int | None) -> StreamGuard:
             return Qwen3StreamGuard(name, threads=threads)
         from tidegate.guards.gen import GenGuard
 
-        return GenGuard(name, threads=threads)
+        return GenGuard(name, threads=threads, adapters=adapters)
     except ModuleNotFoundError as error:
         raise GuardUnavailable(
             f"{kind}: guards need {error.name}: install tidegate with the extra torch, as tidegate[torch]"

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from tidegate.types import Conversation, TokenVerdict, Verdict
 
-__all__ = ["Guard", "Session", "StreamGuard"]
+__all__ = ["AdaptableGuard", "Guard", "Session", "StreamGuard"]
 
 
 class Session(Protocol):
@@ -77,5 +77,23 @@ class StreamGuard(Guard, Protocol):
 
         Raises:
             GuardOverloaded: when no more sessions can be opened now.
+        """
+        ...
+
+
+@runtime_checkable
+class AdaptableGuard(StreamGuard, Protocol):
+    """A guard that has adapters: small differences from one model, of which each request may have its own."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters."""
+        ...
+
+    def adapted(self, adapter: str | None) -> AdaptableGuard:
+        """The same guard with one of its adapters, or None for none. Costs nothing; closing one closes all.
+
+        Raises:
+            InputError: when there is no such adapter; lists those that exist.
         """
         ...

@@ -4,6 +4,9 @@ One worker thread runs the model. What waits together and is of similar length i
 caller is gone is not computed at all. A verdict is what greedy decoding would answer, with the probability of each
 severity and category (`tidegate.model.scoring`); an answer that is not of the form is an `UnreadableVerdict`.
 
+One checkpoint may have many LoRA adapters (`tidegate.model.adapters`). `GenGuard.adapted` chooses one, for as little as
+one request; what waits for several of them is computed together, and none has a part in what another one says.
+
 A config may have a section ``tidegate`` that says how a fine-tuned guard answers: ``{"form": "reason", "categories":
 {"prompt": [...], "response": [...]}}``, and its ``name`` and ``version``.
 """
@@ -11,9 +14,11 @@ A config may have a section ``tidegate`` that says how a fine-tuned guard answer
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -55,9 +60,12 @@ class GenGuard:
         device: where to compute, as torch names it.
         most_sessions: how many sessions may be open at once.
         most_waiting: how many texts may wait to be computed.
+        adapters: folders with LoRA adapters for this checkpoint, as peft writes them, by name. The guard itself uses
+            none: see `adapted`.
 
     Raises:
-        GuardUnavailable: when the checkpoint cannot be loaded, or its config is wrong; says why.
+        InputError: when the name of an adapter has other characters than letters, digits and ``._-``, or is too long.
+        GuardUnavailable: when the checkpoint or an adapter cannot be loaded, or the config is wrong; says why.
     """
 
     def __init__(
@@ -71,17 +79,40 @@ class GenGuard:
         device: str = "cpu",
         most_sessions: int = 256,
         most_waiting: int = 1024,
+        adapters: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> None:
-        model = GenModel.load(name, dtype=dtype, device=device)
+        folders = {adapter: Path(folder) for adapter, folder in adapters.items()}
+        model = GenModel.load(name, dtype=dtype, device=device, adapters=folders)
         settings = _settings(name, model.settings)
-        self.name: Final = f"{settings.name or 'gen'}/{settings.version or Path(name).name}"
-        """Name and version: those of the config, or ``gen/`` and the name of the folder."""
+        self._name = f"{settings.name or 'gen'}/{settings.version or Path(name).name}"
+        self._adapter: str | None = None
+        self.adapters: Final = model.adapters
+        """The names of the adapters, in the order given."""
         self._forms = settings.forms() if forms is None else dict(forms)
         self._together = thinking == "together"
         self._longest = model.longest
         self._ids = model.ids
         self._open = OpenSessions(most_sessions)
         self._worker = _Worker(model, most_waiting=most_waiting, threads=threads)
+
+    @property
+    def name(self) -> str:
+        """Name and version: those of the config, or ``gen/`` and the name of the folder; then ``+`` and the adapter."""
+        return f"{self._name}+{self._adapter}" if self._adapter else self._name
+
+    def adapted(self, adapter: str | None) -> GenGuard:
+        """The same guard with one of its adapters, or None for none. Costs nothing: model, thread and limits are the
+        same ones, and closing one closes all.
+
+        Raises:
+            InputError: when there is no such adapter; lists those that exist.
+        """
+        if adapter is not None and adapter not in self.adapters:
+            known = f"known: {', '.join(self.adapters)}" if self.adapters else "the guard has none"
+            raise InputError(f"unknown adapter {adapter!r}; {known}", where="adapter")
+        guard = copy.copy(self)
+        guard._adapter = adapter
+        return guard
 
     @property
     def sessions(self) -> int:
@@ -130,7 +161,8 @@ class GenGuard:
     async def _judge_all(self, texts: Sequence[Conversation]) -> list[Verdict]:
         forms = [self._forms[text.target] for text in texts]
         prompts = [await self._tokens(form, text) for form, text in zip(forms, texts, strict=True)]
-        scores = await answers_of(map(self._worker.submit, forms, prompts))
+        adapters = [self._adapter] * len(texts)
+        scores = await answers_of(map(self._worker.submit, forms, prompts, adapters))
         return [self._verdict(form, score) for form, score in zip(forms, scores, strict=True)]
 
     async def _tokens(self, form: Form, text: Conversation) -> list[int]:
@@ -165,6 +197,7 @@ class _Work(Work[Scores]):
 
     form: Form
     ids: list[int]
+    adapter: str | None
 
 
 class _Worker(Worker[_Work]):
@@ -175,14 +208,14 @@ class _Worker(Worker[_Work]):
         self._model: GenModel | None = model
         self._threads = threads
 
-    def submit(self, form: Form, ids: list[int]) -> asyncio.Future[Scores]:
-        """Ask for the scores of a prompt, from a running event loop.
+    def submit(self, form: Form, ids: list[int], adapter: str | None) -> asyncio.Future[Scores]:
+        """Ask for the scores of a prompt with an adapter, from a running event loop.
 
         Raises:
             GuardOverloaded: when too much waits.
             SessionClosed: when the guard is closed.
         """
-        work = _Work(form, ids)
+        work = _Work(form, ids, adapter)
         self._put(work)
         return work.future
 
@@ -196,11 +229,12 @@ class _Worker(Worker[_Work]):
     def _run(self, batch: list[_Work]) -> list[tuple[_Work, Scores | UnreadableVerdict]]:
         if self._model is None:
             raise SessionClosed("the guard is closed")
-        scores = self._model.score(batch[0].form, [work.ids for work in batch])
+        adapters = [work.adapter for work in batch]
+        scores = self._model.score(batch[0].form, [work.ids for work in batch], adapters)
         return list(zip(batch, scores, strict=True))
 
     def _sharing(self) -> Callable[[_Work], bool]:
-        """A run is of one form, and of prompts of similar length."""
+        """A run is of one form and of prompts of similar length, whatever their adapters."""
         padding = Padding(_MOST_TOKENS, _SLACK)
         form: Form | None = None
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from serving import Record, make_policy
 from tidegate.errors import InputError, SessionClosed
 from tidegate.moderate import Step, StreamModerator, check, moderate, moderate_stream, surely
-from tidegate.testing import FakeGuard, FakeStreamGuard
+from tidegate.testing import FakeGuard, FakeStreamGuard, Opened
 from tidegate.types import (
     Action,
+    Channel,
     Conversation,
     CoverageState,
     Decision,
@@ -208,8 +209,8 @@ async def test_a_verdict_at_the_end_can_clear() -> None:
     """A safe end releases what was pending, also when that is the only word."""
 
     class Calm(FakeStreamGuard):
-        def open(self, context: Conversation | None) -> Any:
-            session = super().open(context)
+        def open(self, *arguments: Any, **options: Any) -> Any:
+            session = super().open(*arguments, **options)
             finish = session.finish
 
             async def calm() -> tuple[TokenVerdict, ...]:
@@ -272,7 +273,7 @@ async def test_an_empty_stream_is_safe() -> None:
 
     released, decision, _ = await run(guard=guard)
 
-    assert (released, decision.action, guard.contexts) == ([""], Action.ALLOW, [])
+    assert (released, decision.action, guard.opened) == ([""], Action.ALLOW, [])
 
 
 @pytest.mark.parametrize("word", ["guardfail", "guardhang"])
@@ -308,8 +309,8 @@ async def test_a_guard_that_skips_text_is_a_failure() -> None:
     """A guard that says nothing of the last characters has not judged them."""
 
     class Lazy(FakeStreamGuard):
-        def open(self, context: Conversation | None) -> Any:
-            session = super().open(context)
+        def open(self, *arguments: Any, **options: Any) -> Any:
+            session = super().open(*arguments, **options)
 
             async def nothing() -> tuple[TokenVerdict, ...]:
                 session.close()
@@ -329,8 +330,8 @@ async def test_a_character_of_several_tokens_is_held_for_all_of_them() -> None:
     """Tokens can share a character: it leaves when the last of them is judged, and not if that is pending."""
 
     class Shared(FakeStreamGuard):
-        def open(self, context: Conversation | None) -> Any:
-            session = super().open(context)
+        def open(self, *arguments: Any, **options: Any) -> Any:
+            session = super().open(*arguments, **options)
 
             async def feed(text: str) -> tuple[TokenVerdict, ...]:
                 safe, unsafe = Probabilities(1, 0, 0), Probabilities(0, 0, 1)
@@ -406,7 +407,41 @@ async def test_the_context_reaches_the_guard() -> None:
 
     await run("answer", guard=guard, context=context)
 
-    assert guard.contexts == [context]
+    assert [opened.context for opened in guard.opened] == [context]
+
+
+@pytest.mark.parametrize(
+    ("channel", "turn"),
+    [
+        (Channel.ANSWER, Turn(Role.ASSISTANT, "hello there", "I think")),
+        (Channel.REASONING, Turn(Role.ASSISTANT, "", "hello there")),
+        (Channel.TOOL_CALL, Turn(Role.ASSISTANT, "", "I think", (ToolCall("search", "hello there"),))),
+    ],
+)
+async def test_the_guard_is_told_what_the_text_is_and_it_is_kept_as_that(channel: Channel, turn: Turn) -> None:
+    guard, kept = FakeStreamGuard(), []
+
+    async def keep(decision: Any, conversation: Conversation, **_: Any) -> None:
+        kept.append(conversation)
+
+    steps = moderate_stream(
+        pieces("hello ", "there"),
+        guard=guard,
+        policy=POLICY,
+        channel=channel,
+        reasoning="I think",
+        name="search",
+        keep=keep,
+    )
+    assert "".join([step.released async for step in steps]) == "hello there"
+
+    assert guard.opened == [Opened(None, channel, "I think", "search")]
+    assert kept == [Conversation((turn,))]
+
+
+def test_only_what_an_assistant_writes_can_be_a_stream() -> None:
+    with pytest.raises(InputError, match="channel"):
+        StreamModerator(FakeStreamGuard(), POLICY, channel=Channel.USER)
 
 
 WORDS = st.sampled_from(["a", "bomb", "knife", "é", "日本", "👩‍👧", "e\u0301", "\n", "  "])

@@ -33,6 +33,7 @@ from typing import Any, Final, Protocol, TypeVar
 from tidegate.errors import GuardError, GuardTimeout, InputError, SessionClosed, UnreadableVerdict
 from tidegate.guards import load_guard
 from tidegate.guards.base import Guard, Session, StreamGuard
+from tidegate.guards.session import assistant_turn, check_written
 from tidegate.policy import Policy, Retention, ScopedPolicy, decide, load_policy
 from tidegate.types import (
     Action,
@@ -259,9 +260,14 @@ class StreamModerator:
         policy: decides.
         scope: for whom.
         context: the turns before the text; None when nothing came before.
-        channel: which text it is, for the coverage.
+        channel: which text it is, for the guard and the coverage.
         path: the same as a place in the exchange, for the coverage.
+        reasoning: what the assistant thought before the text; "" when nothing, or when it is not to count.
+        name: the name of the called tool, when the text is the arguments of a call.
         timeout_s: seconds that the guard may take for each step, greater than 0; None for as long as it wants.
+
+    Raises:
+        InputError: for a channel in which no assistant writes.
 
     Attributes:
         decision: the decision, once the stream has ended; else None.
@@ -279,8 +285,11 @@ class StreamModerator:
         *,
         channel: Channel = Channel.ANSWER,
         path: str = "answer",
+        reasoning: str = "",
+        name: str = "",
         timeout_s: float | None = None,
     ) -> None:
+        check_written(channel)
         self.decision: Decision | None = None
         self.fed = 0
         self.judged = 0
@@ -292,6 +301,7 @@ class StreamModerator:
         self._scope = scope
         self._rules = policy.for_scope(scope, Target.RESPONSE)
         self._context = context
+        self._before = {"reasoning": reasoning, "name": name}
         self._timeout_s = timeout_s
         self._debounce = _Debounce(self._rules)
         self._session: Session | None = None
@@ -374,7 +384,7 @@ class StreamModerator:
         try:
             async with asyncio.timeout(self._timeout_s):
                 if self._session is None:
-                    self._session = self._guard.open(self._context)
+                    self._session = self._guard.open(self._context, self.channel, **self._before)
                 tokens = await (self._session.finish() if ends else self._session.feed(text))
         except Exception as error:  # whatever goes wrong inside a guard is the third outcome, and must be decided too
             self._fail(failure_of(error, self._guard.name))
@@ -450,6 +460,8 @@ async def moderate_stream(
     context: Conversation | None = None,
     channel: Channel = Channel.ANSWER,
     path: str = "answer",
+    reasoning: str = "",
+    name: str = "",
     keep: Keep | None = None,
     timeout_s: float | None = None,
 ) -> AsyncGenerator[Step, None]:
@@ -462,11 +474,21 @@ async def moderate_stream(
     Raises:
         StoreError: when the decision could not be kept.
     """
-    moderator = StreamModerator(guard, policy, scope, context, channel=channel, path=path, timeout_s=timeout_s)
+    moderator = StreamModerator(
+        guard,
+        policy,
+        scope,
+        context,
+        channel=channel,
+        path=path,
+        reasoning=reasoning,
+        name=name,
+        timeout_s=timeout_s,
+    )
 
     async def kept(decision: Decision | None) -> None:
         if decision is not None and keep is not None:
-            answer = Turn(Role.ASSISTANT, moderator.text)
+            answer = assistant_turn(moderator.text, channel, reasoning=reasoning, name=name)
             whole = context.then(answer) if context else Conversation((answer,))
             await surely(keep(decision, whole, retention=policy.retention))
 

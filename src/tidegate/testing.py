@@ -14,13 +14,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from tidegate.errors import GuardError, GuardUnavailable
-from tidegate.guards.session import OpenSessions, TextSession
+from tidegate.guards.session import OpenSessions, TextSession, check_written
 from tidegate.types import (
     CATEGORIES,
     Category,
+    Channel,
     Conversation,
     Probabilities,
     Severity,
@@ -38,6 +39,7 @@ __all__ = [
     "FakeUpstream",
     "Hang",
     "NoGuard",
+    "Opened",
     "Pause",
     "Received",
     "Reply",
@@ -150,6 +152,15 @@ class FakeGuard:
             await asyncio.Event().wait()
 
 
+class Opened(NamedTuple):
+    """What a session was opened with; see `tidegate.guards.base.StreamGuard.open`."""
+
+    context: Conversation | None
+    channel: Channel
+    reasoning: str
+    name: str
+
+
 class FakeStreamGuard(FakeGuard):
     """A `FakeGuard` that can also watch a text while it is written.
 
@@ -163,7 +174,7 @@ class FakeStreamGuard(FakeGuard):
         options: those of `FakeGuard`.
 
     Attributes:
-        contexts: what came before each session, in the order in which they were opened.
+        opened: what each session was opened with, in order.
         open_sessions: how many are open now.
     """
 
@@ -173,21 +184,25 @@ class FakeStreamGuard(FakeGuard):
         super().__init__(**options)
         self.sticky = sticky
         self.end_token = end_token
-        self.contexts: list[Conversation | None] = []
+        self.opened: list[Opened] = []
         self._sessions = OpenSessions(most_sessions)
 
     @property
     def open_sessions(self) -> int:
         return len(self._sessions)
 
-    def open(self, context: Conversation | None) -> FakeSession:
-        """Open a session.
+    def open(
+        self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
+    ) -> FakeSession:
+        """Open a session; its words are judged in the same way in every channel.
 
         Raises:
+            InputError: for a channel in which no assistant writes.
             GuardOverloaded: when ``most_sessions`` are open.
         """
+        check_written(channel)
         session = FakeSession(self)
-        self.contexts.append(context)
+        self.opened.append(Opened(context, channel, reasoning, name))
         return session
 
 
@@ -231,7 +246,9 @@ class NoGuard:
     async def judge(self, conversation: Conversation) -> Verdict:
         return Verdict(conversation.target, Severity.SAFE, _PROBABILITIES[Severity.SAFE], guard=self.name)
 
-    def open(self, context: Conversation | None) -> _NoSession:
+    def open(
+        self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
+    ) -> _NoSession:
         return _NoSession()
 
     async def close(self) -> None:

@@ -120,7 +120,7 @@ async def test_without_a_prompt_the_text_is_judged_alone() -> None:
     guard = FakeStreamGuard()
     events = await events_of(Ask("", "Nothing to see.", "balanced"), guard=guard)
     assert only(events, "prompt") == [{"verdict": None}]
-    assert guard.contexts == [None]
+    assert [opened.context for opened in guard.opened] == [None]
 
 
 async def test_an_upstream_that_fails_is_an_error_event_after_what_was_judged() -> None:

@@ -30,6 +30,7 @@ from tidegate.testing import (
     completion,
     text_chunks,
 )
+from tidegate.types import Channel, Conversation, Role, ToolCall, Turn
 
 HELLO: list[Any] = [{"role": "user", "content": "Say hello"}]
 
@@ -272,6 +273,69 @@ def test_a_safe_tool_call_arrives_whole(client: OpenAI, upstream: FakeUpstream) 
     assert "".join(call.function.arguments or "" for call in calls) == '{"query": "apple pie"}'
     assert [(call.id, call.function.name) for call in calls if call.id] == [("call_1", "search")]
     assert reasons == {0: "tool_calls"}
+
+
+QUERY = '{"query": "pie"}'
+SAID = {
+    "reasoning_content": "They want pie.",
+    "content": "Let me look.",
+    "tool_calls": [
+        {"index": 0, "id": "call_1", "type": "function", "function": {"name": "search", "arguments": QUERY}}
+    ],
+}
+
+
+async def test_reasoning_answer_and_calls_of_a_stream_are_judged_as_what_they_are(
+    upstream: FakeUpstream, upstream_url: str
+) -> None:
+    """The guard is told of each text what it is, what was thought before it, and which tool is called."""
+    guard = FakeStreamGuard()
+    upstream.reply = Reply.stream(
+        *text_chunks(["They want", " pie."], of="reasoning_content", finish_reason=None),
+        *text_chunks(["Let me", " look."], finish_reason=None),
+        chunk(tool_call("", name="search", identity="call_1")),
+        chunk(tool_call(QUERY[:9])),
+        chunk(tool_call(QUERY[9:])),
+        chunk(finish_reason="tool_calls"),
+    )
+
+    kept = await _asked_in_process(guard, upstream_url, stream=True)
+
+    assert [(opened.channel, opened.reasoning, opened.name) for opened in guard.opened] == [
+        (Channel.REASONING, "", ""),
+        (Channel.ANSWER, "They want pie.", ""),
+        (Channel.TOOL_CALL, "They want pie.", "search"),
+    ]
+    assert kept.turns[-1].reasoning == "They want pie."
+
+
+async def test_reasoning_answer_and_calls_of_a_whole_answer_are_judged_as_what_they_are(
+    upstream: FakeUpstream, upstream_url: str
+) -> None:
+    guard = FakeStreamGuard()
+    upstream.reply = Reply.json(completion(SAID, finish_reason="tool_calls"))
+
+    await _asked_in_process(guard, upstream_url, stream=False)
+
+    turns = [conversation.turns[-1] for conversation in guard.judged[1:]]
+    assert sorted(turns, key=lambda turn: (turn.reasoning, turn.content)) == [
+        Turn(Role.ASSISTANT, "", tool_calls=(ToolCall("search", QUERY),)),
+        Turn(Role.ASSISTANT, "Let me look."),
+        Turn(Role.ASSISTANT, "", "They want pie."),
+    ]
+
+
+async def _asked_in_process(guard: FakeStreamGuard, upstream_url: str, *, stream: bool) -> Conversation:
+    """Ask a gateway with this guard once; what it kept of the answer."""
+    record = Record()
+    app = create_app(guard=guard, policy=make_policy(), keep=record, upstream_url=upstream_url)
+    with serving(app) as url:
+        async with httpx.AsyncClient() as client:
+            body = {"model": "m", "messages": HELLO, "stream": stream, "tools": TOOLS}
+            response = await client.post(f"{url}/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    conversation: Conversation = record.kept[-1][1]
+    return conversation
 
 
 def test_an_unsafe_tool_call_is_cut(client: OpenAI, upstream: FakeUpstream) -> None:
@@ -777,7 +841,7 @@ async def test_a_client_that_stops_reading_is_given_up(upstream: FakeUpstream, u
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
         client.sendall(head + body)
-        await until(lambda: guard.contexts, "the session to be opened")
+        await until(lambda: guard.opened, "the session to be opened")
         await until(lambda: upstream.received and upstream.received[0].cancelled, "the upstream to be cancelled")
         await until(lambda: guard.open_sessions == 0, "the session to be closed")
         await until(lambda: len(record.kept) == 2, "the decision to be kept")

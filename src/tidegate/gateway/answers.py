@@ -6,8 +6,9 @@ without a network.
 What leaves, and what does not:
 
 - The texts of a choice (``content``, ``reasoning_content``, ``reasoning``, ``refusal``, the arguments of tool and
-  function calls, and the name of a tool that the request did not offer) are judged each by itself. A chunk whose text
-  is held goes out later, in its turn, with as much of its text as was released.
+  function calls, and the name of a tool that the request did not offer) are judged each by itself, as what it is. In a
+  stream the guard is also told of the reasoning so far and of the called tool. A chunk whose text is held goes out
+  later, in its turn, with as much of its text as was released.
 - A text that another text follows is taken to be complete, so that the end of the reasoning is not held until the end
   of the answer. Should it go on, it is judged again from its beginning, and what has left is not sent twice.
 - Known fields without text (ids, index, role, finish_reason, usage, model, ...) pass when they are what they should
@@ -34,10 +35,12 @@ from tidegate.gateway.deltas import (
     Parts,
     Slot,
     Text,
+    called,
     finish_reason_of,
     is_place,
     path_of,
     put,
+    reasoning_of,
     take_apart,
     turn_of,
     without_text,
@@ -46,6 +49,7 @@ from tidegate.gateway.schemas import decision_field, json_of, mended, undecided_
 from tidegate.gateway.sse import DONE, EventReader, event
 from tidegate.gateway.statuses import Problem
 from tidegate.guards.base import StreamGuard
+from tidegate.guards.session import assistant_turn
 from tidegate.moderate import StreamModerator, moderate
 from tidegate.policy import Policy
 from tidegate.types import (
@@ -55,9 +59,7 @@ from tidegate.types import (
     Coverage,
     CoverageState,
     Decision,
-    Role,
     Scope,
-    Turn,
 )
 
 __all__ = ["NO_USAGE", "AnswerStream", "Judging", "KeepAnswer", "judge_answer"]
@@ -120,6 +122,7 @@ class _Channel:
     """
 
     __slots__ = (
+        "_before",
         "_complete",
         "_half",
         "_judging",
@@ -133,13 +136,16 @@ class _Channel:
         "slot",
     )
 
-    def __init__(self, judging: Judging, index: int, slot: Slot, kind: Channel) -> None:
+    def __init__(
+        self, judging: Judging, index: int, slot: Slot, kind: Channel, *, reasoning: str = "", name: str = ""
+    ) -> None:
         self.slot = slot
         self.kind = kind
         self.path = path_of(index, slot)
         self.ready = ""
         self.ending = False
         self._judging = judging
+        self._before = {"reasoning": reasoning, "name": name}
         self._new: list[str] = []
         self._half = ""
         self._skip = 0
@@ -156,7 +162,13 @@ class _Channel:
             channel=self.kind,
             path=self.path,
             timeout_s=with_.timeout_s,
+            **self._before,
         )
+
+    @property
+    def text(self) -> str:
+        """All that came in, released or not."""
+        return self.moderator.text + "".join(self._new)
 
     @property
     def has_work(self) -> bool:
@@ -258,13 +270,14 @@ class _Piece:
 class _Choice:
     """One choice of a streaming answer."""
 
-    __slots__ = ("blocked", "channels", "dropped", "ended", "field", "finish_reason", "index", "waiting")
+    __slots__ = ("blocked", "channels", "dropped", "ended", "field", "finish_reason", "index", "names", "waiting")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.channels: dict[Slot, _Channel] = {}
         self.waiting: deque[_Piece] = deque()
         self.dropped: dict[str, int] = {}
+        self.names: dict[Slot, str] = {}
         self.finish_reason: str | None = None
         self.field: dict[str, Any] | None = None
         self.blocked = False
@@ -274,9 +287,17 @@ class _Choice:
         for channel in self.channels.values():
             channel.ending = True
 
-    def turn(self) -> Turn:
+    def open(self, slot: Slot, kind: Channel, judging: Judging) -> _Channel:
+        """Begin another text."""
+        texts = self.texts()
+        thought = "" if kind is Channel.REASONING else reasoning_of(texts)
+        name = called(slot, self.names, texts)
+        channel = self.channels[slot] = _Channel(judging, self.index, slot, kind, reasoning=thought, name=name)
+        return channel
+
+    def texts(self) -> dict[Slot, str]:
         """All that came in for it, released or not."""
-        return turn_of({channel.slot: channel.moderator.text for channel in self.channels.values()})
+        return {channel.slot: channel.text for channel in self.channels.values()}
 
 
 def _dropped(fields: Mapping[str, int], prefix: str = "") -> Iterator[Coverage]:
@@ -420,7 +441,7 @@ class AnswerStream:
             choice = self._choices[index] = _Choice(index)
         if self._ends(choice):
             return
-        parts = Parts(dropped=choice.dropped)
+        parts = Parts(dropped=choice.dropped, names=choice.names)
         take_apart(delta, self._judging.known, parts)
         rest = {name: value for name, value in content.items() if name not in ("delta", "index", "finish_reason")}
         kept = without_text(rest, {}, self._judging.trusted, parts)
@@ -442,7 +463,7 @@ class AnswerStream:
         for slot, kind, text in texts:
             channel = choice.channels.get(slot)
             if channel is None:
-                channel = choice.channels[slot] = _Channel(self._judging, choice.index, slot, kind)
+                channel = choice.open(slot, kind, self._judging)
             taken.append((channel, channel.add(text)))
         return taken
 
@@ -540,7 +561,7 @@ class AnswerStream:
         chosen, path = decided[self._judging.worst([decision for decision, _ in decided])]
         decision = replace(chosen, coverage=tuple(coverage))
         self.decisions.append(decision)
-        identity = await self._judging.keep(decision, self._judging.prompt.then(choice.turn()))
+        identity = await self._judging.keep(decision, self._judging.prompt.then(turn_of(choice.texts())))
         choice.field = decision_field(decision, self._judging.policy, path=path, identity=identity)
 
     async def _end(self, error: UpstreamError | None) -> bytes:
@@ -629,13 +650,14 @@ async def _judge_choice(
     unseen = (*_dropped(parts.dropped, f"choices[{index}]."), *_dropped(above.dropped))
     kept["tidegate"] = undecided_field(judging.policy, unseen)
     if texts:
-        decided = await asyncio.gather(*(_judge_text(index, text, judging) for text in texts))
+        said = {text.slot: text.text for text in texts}
+        names = [called(text.slot, parts.names, said) for text in texts]
+        decided = await asyncio.gather(*(_judge_text(index, *one, judging) for one in zip(texts, names, strict=True)))
         number = judging.worst(decided)
         coverage = [part for one in decided for part in one.coverage]
         coverage += unseen
         decision = replace(decided[number], coverage=tuple(coverage))
-        turn = turn_of({text.slot: text.text for text in texts})
-        identity = await judging.keep(decision, judging.prompt.then(turn))
+        identity = await judging.keep(decision, judging.prompt.then(turn_of(said)))
         path = path_of(index, texts[number].slot)
         kept["tidegate"] = decision_field(decision, judging.policy, path=path, identity=identity)
         if decision.action >= BLOCKS:
@@ -646,9 +668,9 @@ async def _judge_choice(
     return {**kept, "message": parts.plain}, decision
 
 
-async def _judge_text(index: int, text: Text, judging: Judging) -> Decision:
+async def _judge_text(index: int, text: Text, name: str, judging: Judging) -> Decision:
     return await moderate(
-        judging.prompt.then(Turn(Role.ASSISTANT, text.text)),
+        judging.prompt.then(assistant_turn(text.text, text.channel, name=name)),
         guard=judging.guard,
         policy=judging.policy,
         scope=judging.scope,

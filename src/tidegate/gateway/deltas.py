@@ -25,10 +25,12 @@ __all__ = [
     "Parts",
     "Slot",
     "Text",
+    "called",
     "finish_reason_of",
     "is_place",
     "path_of",
     "put",
+    "reasoning_of",
     "take_apart",
     "turn_of",
     "without_text",
@@ -68,11 +70,13 @@ class Text(NamedTuple):
 
 @dataclass(slots=True)
 class Parts:
-    """A delta or message taken apart: what passes, what is judged, and how many characters are dropped, by field."""
+    """A delta or message taken apart: what passes, what is judged, and how many characters are dropped, by field; and
+    the names of the called tools that pass, by the slot of the call."""
 
     plain: dict[str, Any] = field(default_factory=dict)
     texts: list[Text] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    names: dict[Slot, str] = field(default_factory=dict)
 
     def drop(self, name: str, value: Any, prefix: str = "") -> None:
         """Count a value that does not pass; a name that could be a sentence is not said, but counted too."""
@@ -281,7 +285,7 @@ def _take_function(function: Mapping[str, Any], slot: Slot, known: Known, parts:
     for name, value in function.items():
         if value and isinstance(value, str) and name in ("arguments", "input", "name"):
             if name == "name" and value in known.tools:
-                kept[name] = value
+                kept[name] = parts.names[slot] = value
             else:
                 parts.texts.append(Text((*slot, name), Channel.TOOL_CALL, value))
         elif is_name(name) and (not _carries_text(value) or not value):
@@ -289,6 +293,28 @@ def _take_function(function: Mapping[str, Any], slot: Slot, known: Known, parts:
         else:
             parts.drop(name, value, "".join(f"{step}." for step in slot))
     return kept
+
+
+def called(slot: Slot, names: Mapping[Slot, str], texts: Mapping[Slot, str]) -> str:
+    """The name of the tool whose call a text belongs to; "" when it is not known, or the text is no call's arguments.
+
+    Args:
+        slot: where the text stands.
+        names: those that passed, by the slot of the call.
+        texts: what is judged, with the other names, by slot.
+    """
+    if slot[0] not in ("tool_calls", "function_call") or slot[-1] == "name":
+        return ""
+    return names.get(slot[:-1]) or texts.get((*slot[:-1], "name"), "")
+
+
+def reasoning_of(texts: Mapping[Slot, str]) -> str:
+    """The reasoning among these texts."""
+    return _joined(texts, "reasoning_content", "reasoning")
+
+
+def _joined(texts: Mapping[Slot, str], *names: str) -> str:
+    return "\n".join(texts[(name,)] for name in names if texts.get((name,)))
 
 
 def put(delta: dict[str, Any], slot: Slot, text: str) -> None:
@@ -316,17 +342,13 @@ def path_of(index: int, slot: Slot) -> str:
 
 def turn_of(texts: Mapping[Slot, str]) -> Turn:
     """The assistant turn that has these texts."""
-
-    def joined(*names: str) -> str:
-        return "\n".join(texts[(name,)] for name in names if texts.get((name,)))
-
     calls: dict[Slot, dict[str, str]] = {}
     for slot, text in texts.items():
         if slot[0] in ("tool_calls", "function_call"):
             calls.setdefault(slot[:-1], {})[str(slot[-1])] = text
     return Turn(
         Role.ASSISTANT,
-        joined("content", "refusal"),
-        joined("reasoning_content", "reasoning"),
+        _joined(texts, "content", "refusal"),
+        reasoning_of(texts),
         tuple(ToolCall(call.get("name", ""), call.get("arguments", call.get("input", ""))) for call in calls.values()),
     )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tidegate.guards.base import Session, StreamGuard
-from tidegate.types import Conversation, Decision, TokenVerdict, Verdict
+from tidegate.types import Channel, Conversation, Decision, TokenVerdict, Verdict
 
 __all__ = ["CONTENT_TYPE", "Telemetry", "TimedGuard"]
 
@@ -99,8 +99,10 @@ class TimedGuard:
         finally:
             self._telemetry.judge_seconds.observe(time.perf_counter() - begun)
 
-    def open(self, context: Conversation | None) -> Session:
-        return _TimedSession(self._guard.open(context), self._telemetry)
+    def open(
+        self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
+    ) -> Session:
+        return _TimedSession(self._guard.open(context, channel, reasoning=reasoning, name=name), self._telemetry)
 
     async def close(self) -> None:
         await self._guard.close()

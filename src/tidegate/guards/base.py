@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from tidegate.types import Conversation, TokenVerdict, Verdict
+from tidegate.types import Channel, Conversation, TokenVerdict, Verdict
 
 __all__ = ["AdaptableGuard", "Guard", "Session", "StreamGuard"]
 
@@ -70,12 +70,22 @@ class Guard(Protocol):
 class StreamGuard(Guard, Protocol):
     """A guard that can also watch an answer while it is written."""
 
-    def open(self, context: Conversation | None) -> Session:
-        """Open a session for text that an assistant writes after these turns; None when nothing came before.
+    def open(
+        self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
+    ) -> Session:
+        """Open a session for one text that an assistant writes.
 
-        Cheap: the context is judged with the first piece of text.
+        Cheap: the context is judged with the first piece of text. A guard that makes no difference between channels
+        judges every text as an answer, and one that has no use for the rest leaves it out.
+
+        Args:
+            context: the turns before; None when nothing came before.
+            channel: what the text is: ANSWER (also for REFUSAL), REASONING, or TOOL_CALL for the arguments of a call.
+            reasoning: what the assistant thought before the text; "" when nothing, or when it is not to count.
+            name: the name of the called tool; "" when it is not known.
 
         Raises:
+            InputError: for a channel in which no assistant writes.
             GuardOverloaded: when no more sessions can be opened now.
         """
         ...

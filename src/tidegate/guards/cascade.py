@@ -30,6 +30,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -38,9 +39,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tidegate.errors import GuardError, GuardOverloaded, GuardTimeout, GuardUnavailable, InputError
 from tidegate.guards.base import Guard, Session, StreamGuard
 from tidegate.guards.rejudged import token_verdict
-from tidegate.guards.session import TextSession
+from tidegate.guards.session import TextSession, assistant_turn
 from tidegate.guards.spec_file import read_spec_file
-from tidegate.types import Conversation, Role, Severity, Target, TokenVerdict, Turn, Verdict
+from tidegate.types import Channel, Conversation, Severity, Target, TokenVerdict, Turn, Verdict
 
 __all__ = [
     "AskBetween",
@@ -185,13 +186,24 @@ class CascadeGuard:
         """Both names, as ``cascade[edge/1, remote/1]``: that of the verdicts of streams, which both may have made."""
         return f"cascade[{self.first.name}, {self.second.name}]"
 
-    def open(self, context: Conversation | None) -> CascadeSession:
-        """Open a session for text that an assistant writes after these turns; None when nothing came before.
+    def open(
+        self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
+    ) -> CascadeSession:
+        """Open a session for one text that an assistant writes.
+
+        Args:
+            context: the turns before; None when nothing came before.
+            channel: what the text is; the second guard is asked about it as such.
+            reasoning: what the assistant thought before the text, for the first guard. The second is asked about the
+                text by itself, so that an alarm in an answer is not confirmed by what stood in its reasoning.
+            name: the name of the called tool.
 
         Raises:
+            InputError: for a channel in which no assistant writes.
             GuardOverloaded: when the first guard can open no more.
         """
-        return CascadeSession(self, self.first.open(context), context.turns if context else ())
+        first = self.first.open(context, channel, reasoning=reasoning, name=name)
+        return CascadeSession(self, first, context.turns if context else (), channel, name)
 
     async def judge(self, conversation: Conversation) -> Verdict:
         """Judge the last turn in the light of the ones before. The verdict's ``guard`` says which guard decided.
@@ -247,11 +259,14 @@ class CascadeSession(TextSession):
     at the end is an alarm. ``close`` also ends a question to the second guard.
     """
 
-    def __init__(self, guard: CascadeGuard, session: Session, before: tuple[Turn, ...]) -> None:
+    def __init__(
+        self, guard: CascadeGuard, session: Session, before: tuple[Turn, ...], channel: Channel, name: str
+    ) -> None:
         super().__init__()
         self._guard = guard
         self._session = session
         self._before = before
+        self._turn = partial(assistant_turn, channel=channel, name=name)
         self._texts: list[str] = []
         self._held: list[TokenVerdict] = []
         self._answered = False
@@ -288,7 +303,7 @@ class CascadeSession(TextSession):
     async def _alarm(self) -> list[TokenVerdict]:
         """Ask the second guard about the text up to the last token that is held; all that is held then goes out."""
         self._texts = ["".join(self._texts)]
-        answer = Turn(Role.ASSISTANT, self._texts[0][: self._held[-1].span.end])
+        answer = self._turn(self._texts[0][: self._held[-1].span.end])
         self._answer = await self._second(Conversation((*self._before, answer)))
         self._answered = True
         self._since = 0

@@ -25,10 +25,10 @@ from tidegate.errors import GuardUnavailable
 from tidegate.guards.edge_config import EdgeConfig, Row, Totals, read_config
 from tidegate.guards.edge_engine import Engine, Logits
 from tidegate.guards.edge_engine import Sequence as CachedSequence
-from tidegate.guards.session import OpenSessions, TextSession
+from tidegate.guards.session import OpenSessions, TextSession, check_written
 from tidegate.model.tokens import CONTROL_TOKENS, IncrementalTokens, TextTokenizer, Token
 from tidegate.model.wide import COLUMNS, LEFT, NgramHasher, WideTable
-from tidegate.types import Conversation, Role, Severity, Span, Target, TokenVerdict, Turn, Verdict, worst
+from tidegate.types import Channel, Conversation, Role, Severity, Span, Target, TokenVerdict, Turn, Verdict, worst
 
 __all__ = ["EDGE_FILES", "SHIPPED", "WIDE_FILE", "EdgeGuard", "EdgeSession"]
 
@@ -196,18 +196,25 @@ class EdgeGuard:
         """How many sessions are open now."""
         return len(self._open)
 
-    def open(self, context: Conversation | None) -> EdgeSession:
-        """Open a session for text that an assistant writes after these turns; None when nothing came before.
+    def open(
+        self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
+    ) -> EdgeSession:
+        """Open a session for one text that an assistant writes; whatever the channel, it is judged as an answer.
 
         Args:
-            context: the turns before; the last user turn among them is what counts.
+            context: the turns before, of which the last user turn counts; None when nothing came before.
+            channel: what the text is.
+            reasoning: not used.
+            name: not used.
 
         Raises:
+            InputError: for a channel in which no assistant writes.
             GuardOverloaded: when ``most_sessions`` are open.
             GuardUnavailable: when the guard is closed.
         """
         if self._engine.closed:
             raise GuardUnavailable("the guard is closed")
+        check_written(channel)
         return EdgeSession(self, context.turns if context else ())
 
     async def judge(self, conversation: Conversation) -> Verdict:
@@ -224,11 +231,10 @@ class EdgeGuard:
             return await self._judge_prompt(conversation.turns[-1])
         *before, turn = conversation.turns
         header = await self._template.header(before)
-        verdicts = [await self._judge_answer(header, turn.content)]
-        if turn.reasoning:
-            verdicts.append(_without_span(await self._judge_answer(header, turn.reasoning)))
-        for call in turn.tool_calls:
-            verdicts.append(_without_span(await self._judge_answer(header, call.arguments)))
+        beside = [text for text in (turn.reasoning, *(call.arguments for call in turn.tool_calls)) if text]
+        verdicts = [await self._judge_answer(header, turn.content)] if turn.content or not beside else []
+        for text in beside:
+            verdicts.append(_without_span(await self._judge_answer(header, text)))
         return worst(verdicts)
 
     async def close(self) -> None:

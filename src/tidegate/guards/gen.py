@@ -29,7 +29,7 @@ from tidegate.guards.rejudged import RejudgedSession
 from tidegate.guards.session import OpenSessions
 from tidegate.model.scoring import GenModel, Scores
 from tidegate.prompts import NONE, OFFICIAL, Form, LineKind, reason_form, texts_to_judge
-from tidegate.types import Conversation, Probabilities, Severity, Target, Verdict, worst
+from tidegate.types import Channel, Conversation, Probabilities, Severity, Target, Verdict, worst
 
 __all__ = ["GenGuard"]
 
@@ -137,16 +137,34 @@ class GenGuard:
         verdicts = await self._judge_all(texts_to_judge(conversation, together=self._together))
         return replace(worst(verdicts), refusal=verdicts[0].refusal)
 
-    def open(self, context: Conversation | None) -> RejudgedSession:
-        """Open a session for text that an assistant writes after these turns; None when nothing came before.
+    def open(
+        self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
+    ) -> RejudgedSession:
+        """Open a session for one text that an assistant writes.
+
+        Args:
+            context: the turns before; None when nothing came before.
+            channel: what the text is: ANSWER (also for REFUSAL), REASONING, or TOOL_CALL for the arguments of a call.
+            reasoning: what the assistant thought before the text; judged with it when ``thinking`` is ``together``.
+            name: the name of the called tool.
 
         Raises:
+            InputError: for a channel in which no assistant writes.
             GuardOverloaded: when ``most_sessions`` are open.
             GuardUnavailable: when the guard is closed.
         """
         if self._worker.closed:
             raise GuardUnavailable("the guard is closed")
-        return RejudgedSession(self.judge, context, every=_BLOCK, share=_SHARE, sessions=self._open)
+        return RejudgedSession(
+            self.judge,
+            context,
+            channel,
+            reasoning=reasoning if self._together else "",
+            name=name,
+            every=_BLOCK,
+            share=_SHARE,
+            sessions=self._open,
+        )
 
     async def close(self) -> None:
         """Stop the thread and free the model; what waits fails. Safe to call twice."""

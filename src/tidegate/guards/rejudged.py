@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from tidegate.guards.session import OpenSessions, TextSession
-from tidegate.types import Conversation, Role, Span, TokenVerdict, Turn, Verdict
+from tidegate.guards.session import OpenSessions, TextSession, assistant_turn
+from tidegate.types import Channel, Conversation, Span, TokenVerdict, Verdict
 
 __all__ = ["RejudgedSession", "token_verdict"]
 
@@ -29,12 +30,16 @@ class RejudgedSession(TextSession):
     Args:
         judge: judges the text so far, after these turns.
         context: the turns before the text; None when nothing came before.
+        channel: what the text is; it is judged as the text of this channel in its turn.
+        reasoning: the reasoning of that turn; "" when there is none, or it is not to be judged with the text.
+        name: the name of the called tool.
         every: after how many characters the text is judged again, at least 1.
         share: a text that is longer than ``share * every`` is judged again when it has grown by one part in so many;
             None for always after ``every`` characters.
         sessions: where it is counted until it is closed; None for nowhere.
 
     Raises:
+        InputError: for a channel in which no assistant writes.
         GuardOverloaded: when no more sessions may be open.
     """
 
@@ -42,11 +47,16 @@ class RejudgedSession(TextSession):
         self,
         judge: Callable[[Conversation], Coroutine[Any, Any, Verdict]],
         context: Conversation | None,
+        channel: Channel = Channel.ANSWER,
         *,
+        reasoning: str = "",
+        name: str = "",
         every: int,
         share: int | None = None,
         sessions: OpenSessions | None = None,
     ) -> None:
+        self._turn = partial(assistant_turn, channel=channel, reasoning=reasoning, name=name)
+        self._turn("")
         super().__init__(sessions)
         self._judge_whole = judge
         self._before = context.turns if context else ()
@@ -79,7 +89,7 @@ class RejudgedSession(TextSession):
         """Judge the text up to a place, and go on behind it."""
         self._check_open()
         self._text, self._new = "".join((self._text, *self._new)), []
-        conversation = Conversation((*self._before, Turn(Role.ASSISTANT, self._text[:end])))
+        conversation = Conversation((*self._before, self._turn(self._text[:end])))
         verdict = await self._asked(self._judge_whole(conversation))
         self._said = token_verdict(Span(self._covered, end), verdict)
         self._covered = end

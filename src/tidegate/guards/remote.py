@@ -49,7 +49,7 @@ from tidegate.guards.remote_answers import (
 from tidegate.guards.remote_servers import Server, ServerPool, ServerTrouble, base_address, read_key
 from tidegate.guards.spec_file import read_spec_file
 from tidegate.prompts import Form, official_form, reason_form, texts_to_judge
-from tidegate.types import Conversation, Probabilities, Role, Severity, Target, ToolCall, Turn, Verdict, worst
+from tidegate.types import Channel, Conversation, Probabilities, Role, Severity, Target, ToolCall, Turn, Verdict, worst
 
 __all__ = ["PROBES", "RemoteConfig", "RemoteGuard", "harmless", "load_remote", "read_remote"]
 
@@ -206,15 +206,31 @@ class RemoteGuard:
         """The servers, and how each of them does."""
         return self._pool.servers
 
-    def open(self, context: Conversation | None) -> RejudgedSession:
-        """Open a session for text that an assistant writes after these turns; None when nothing came before.
+    def open(
+        self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
+    ) -> RejudgedSession:
+        """Open a session for one text that an assistant writes.
+
+        Args:
+            context: the turns before; None when nothing came before.
+            channel: what the text is: ANSWER (also for REFUSAL), REASONING, or TOOL_CALL for the arguments of a call.
+            reasoning: what the assistant thought before the text; judged with it when the config says ``together``.
+            name: the name of the called tool.
 
         Raises:
+            InputError: for a channel in which no assistant writes.
             GuardUnavailable: when the guard is closed.
         """
         if self._pool.closed:
             raise GuardUnavailable("the guard is closed")
-        return RejudgedSession(self.judge, context, every=self.config.rejudge_every)
+        return RejudgedSession(
+            self.judge,
+            context,
+            channel,
+            reasoning=reasoning if self.config.together else "",
+            name=name,
+            every=self.config.rejudge_every,
+        )
 
     async def judge(self, conversation: Conversation) -> Verdict:
         """Judge the last turn. Of an assistant turn, its reasoning and tool-call arguments are judged too, each with a

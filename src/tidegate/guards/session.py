@@ -1,7 +1,8 @@
 """What the sessions of all guards have in common: one call at a time, and an end that holds.
 
 A guard's own session is a `TextSession` that says what it makes of a piece of text; one that holds more than text gives
-it back in its ``close``. `OpenSessions` counts those of a guard.
+it back in its ``close``. `OpenSessions` counts those of a guard. `assistant_turn` puts a text where it belongs in a
+turn.
 """
 
 from __future__ import annotations
@@ -9,15 +10,41 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
-from tidegate.errors import GuardError, GuardOverloaded, SessionClosed
-from tidegate.types import TokenVerdict
+from tidegate.errors import GuardError, GuardOverloaded, InputError, SessionClosed
+from tidegate.types import Channel, Role, TokenVerdict, ToolCall, Turn
 
-__all__ = ["OpenSessions", "TextSession"]
+__all__ = ["OpenSessions", "TextSession", "assistant_turn", "check_written"]
 
 T = TypeVar("T")
+
+_WRITTEN: Final = frozenset({Channel.ANSWER, Channel.REFUSAL, Channel.REASONING, Channel.TOOL_CALL})
+
+
+def check_written(channel: Channel) -> None:
+    """Refuse a channel in which no assistant writes.
+
+    Raises:
+        InputError: when it is one.
+    """
+    if channel not in _WRITTEN:
+        raise InputError("expected a channel in which an assistant writes", where="channel")
+
+
+def assistant_turn(text: str, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = "") -> Turn:
+    """The turn that says this; the arguments are those of `tidegate.guards.base.StreamGuard.open`.
+
+    Raises:
+        InputError: for a channel in which no assistant writes.
+    """
+    check_written(channel)
+    if channel is Channel.REASONING:
+        return Turn(Role.ASSISTANT, "", text)
+    if channel is Channel.TOOL_CALL:
+        return Turn(Role.ASSISTANT, "", reasoning, (ToolCall(name, text),))
+    return Turn(Role.ASSISTANT, text, reasoning)
 
 
 class OpenSessions:

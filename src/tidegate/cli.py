@@ -683,21 +683,30 @@ def train_edge(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or of a checkpoint.")],
-    onnx: Annotated[bool, typer.Option("--onnx", help="As one ONNX file with 8-bit weights.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="An edge guard, as one ONNX file with 8-bit weights.")] = False,
+    precision: Annotated[
+        str | None, typer.Option(help="A Stream or Gen checkpoint, as fp32, int8, int8-fast or int4.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="RUN/onnx")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of examples: compare with torch and calibrate on their dev split.")
+        Path | None, typer.Option(help="With --onnx, a folder of examples: compare and calibrate on their dev split.")
     ] = None,
 ) -> None:
-    """Turn a trained checkpoint into what load_guard reads."""
-    if not onnx:
-        raise InputError("expected --onnx: it is the one format there is")
+    """Turn a checkpoint into what load_guard reads on any CPU: ONNX."""
+    if onnx == (precision is not None):
+        raise InputError("expected --onnx for an edge guard, or --precision for a Stream or Gen checkpoint")
     folder = out or run / "onnx"
-    if data is None:
+    if precision is not None:
+        if data is not None:
+            raise InputError("--data is for edge guards")
+        figures = _from_extra("train", "tidegate.train.export_backbone", "export_backbone")(
+            run, folder, precision=precision
+        )
+    elif data is None:
         figures = _from_extra("train", "tidegate.train.export", "export_onnx")(run, folder)
     else:
         figures = _calibrated(run, folder, data)
-    _say(f"exported: {folder} (try it with --guard edge:{folder})")
+    _say(f"exported: {folder} (try it with --guard {figures.get('kind', 'edge')}:{folder})")
     _print_json(figures)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tidegate.engine.onnx_runner import OnnxRunner, OnnxStream
 from tidegate.engine.runner import Logits, Runner
 from tidegate.engine.scheduler import Limits, Scheduler, Step
 from tidegate.engine.sequence import Sequence, Windows
@@ -206,10 +207,10 @@ class Engine:
     """A Stream model, its cache, and the thread that runs it. Usable from several event loops at once.
 
     Args:
-        model: in the dtype and on the device to compute with; must not be changed or trained meanwhile.
+        model: in the dtype and on the device to compute with; must not be changed or trained meanwhile. Or an export.
         positions: size of the cache in positions, shared by all streams. 0.6B takes 112 KiB for each in bf16, twice
-            that in fp32. Streams beyond it are evicted, those that were idle longest first, and computed again when
-            they go on.
+            that in fp32 and in an export. Streams beyond it are evicted, those that were idle longest first, and
+            computed again when they go on.
         window: most positions of one stream before its window begins anew; None for what the model was made for, or
             all of a smaller cache.
         overlap: how many tokens a new window repeats; None for an eighth of the window.
@@ -223,7 +224,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Qwen3ForGuardModel,
+        model: Qwen3ForGuardModel | OnnxStream,
         *,
         positions: int = 32_768,
         window: int | None = None,
@@ -240,8 +241,7 @@ class Engine:
             raise InputError(f"a window of {self._window} is more than the model's {most} or the cache's {positions}")
         if limits.waiting < 4 * self._window:
             raise InputError(f"{limits.waiting} waiting tokens are fewer than four windows of {self._window}")
-        model.eval()
-        self._runner: Runner | None = Runner(model, positions)
+        self._runner: Runner | OnnxRunner | None = _runner(model, positions)
         self._cache_bytes = self._runner.cache_bytes
         self._vocabulary: int = model.config.vocab_size
         self._categories = {
@@ -249,7 +249,7 @@ class Engine:
             Target.RESPONSE: int(model.config.num_category),
         }
         self._canary, self._expected = _canary(model, self._vocabulary)
-        self._tolerance = _CANARY_TOLERANCE.get(model.dtype, 0.05)
+        self._tolerance = _CANARY_TOLERANCE.get(getattr(model, "dtype", torch.float32), 0.05)
         self._slots: Slots[Sequence] = Slots(positions, self._window)
         self._scheduler = Scheduler(self._slots, limits)
         self._most_streams = most_streams
@@ -520,9 +520,18 @@ class Engine:
         give([(work, error) for work in works])
 
 
-def _canary(model: Qwen3ForGuardModel, vocabulary: int) -> tuple[list[int], NDArray[np.float32]]:
+def _runner(model: Qwen3ForGuardModel | OnnxStream, positions: int) -> Runner | OnnxRunner:
+    if isinstance(model, OnnxStream):
+        return OnnxRunner(model.backbone, positions)
+    model.eval()
+    return Runner(model, positions)
+
+
+def _canary(model: Qwen3ForGuardModel | OnnxStream, vocabulary: int) -> tuple[list[int], NDArray[np.float32]]:
     """A known text, and the probabilities ``[tokens, 3]`` that the model's own forward gives for it."""
     ids = [(7 + 11 * number) % vocabulary for number in range(_CANARY_TOKENS)]
+    if isinstance(model, OnnxStream):
+        return ids, _probabilities(model.logits(ids, Target.RESPONSE).risk)
     with torch.inference_mode():
         logits = model(torch.tensor([ids], device=model.device))
     return ids, _probabilities(logits.risk[0].float().cpu().numpy())

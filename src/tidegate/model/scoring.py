@@ -13,7 +13,7 @@ in float32, visibly in bfloat16).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -25,20 +25,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict
 from tidegate.model.adapters import Adapters
+from tidegate.model.answers import FLOOR, Row, Scores, common_beginning, end_ids, follow
 from tidegate.model.draft_tree import ROOT, DraftTree
 from tidegate.model.loading import DTYPES, checkpoint_folder
 from tidegate.model.prompt_tokens import PromptTokenizer
 from tidegate.model.stream import GROUPED_ATTENTION
-from tidegate.prompts import Form, LineKind, Prompt
+from tidegate.prompts import Form, Prompt
 
 __all__ = ["FLOOR", "GenModel", "Scores"]
 
-FLOOR: Final = 0.1
-"""The least probability that the three severities must have together: with less, a model guesses and does not answer
-in the form, even if its likeliest token happens to be of it."""
-
-_MOST_ANSWER: Final = 512
-"""Tokens after which an answer that has not come to an end is given up."""
 _CHUNK: Final = 1024
 """Most positions of one prompt in one pass: a mask of more would be large."""
 _ROOM: Final = 128
@@ -47,35 +42,6 @@ _LOGIT_ROWS: Final = 64
 """Positions whose logits are computed at once: each has as many as there are tokens."""
 _MOST_PREFIXES: Final = 64
 """Most fixed beginnings that are kept: each has the keys and values of a few hundred tokens."""
-_ENDS: Final = ("<|im_end|>", "<|endoftext|>")
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What a model answers to one prompt.
-
-    Attributes:
-        answer: the text, as far as it is needed: see `Form.complete` and `Form.read`.
-        words: for each kind of line with words to choose from, the probability of each of them where the line was first
-            reached. They add up to less than 1 where other tokens have a share.
-    """
-
-    answer: str
-    words: Mapping[LineKind, Mapping[str, float]]
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One prompt and its answer so far."""
-
-    form: Form
-    adapter: str | None
-    pending: list[int]
-    length: int = 0
-    answer: list[int] = field(default_factory=list)
-    text: str = ""
-    words: dict[LineKind, Mapping[str, float]] = field(default_factory=dict)
-    outcome: Scores | UnreadableVerdict | None = None
 
 
 class GenModel:
@@ -101,7 +67,7 @@ class GenModel:
         self._adapters = Adapters(model, adapters)
         self._tokenizer = tokenizer
         self._device = model.get_input_embeddings().weight.device
-        self._ends = _end_ids(model, tokenizer)
+        self._ends = end_ids(getattr(model.generation_config, "eos_token_id", None), tokenizer)
         self._prefixes: dict[tuple[str, str | None], _Prefix] = {}
         self.longest: int = model.config.max_position_embeddings
         """Most tokens of a prompt."""
@@ -171,7 +137,7 @@ class GenModel:
         if not prompts:
             return []
         chosen = [None] * len(prompts) if adapters is None else list(adapters)
-        rows = [_Row(form, adapter, list(ids)) for ids, adapter in zip(prompts, chosen, strict=True)]
+        rows = [Row(form, adapter, list(ids)) for ids, adapter in zip(prompts, chosen, strict=True)]
         with torch.inference_mode():
             batch = self._begin(form, sorted(rows, key=lambda row: row.adapter or ""))
             while batch.rows:
@@ -179,11 +145,11 @@ class GenModel:
                 batch.drop_finished()
         return [row.outcome or UnreadableVerdict("no answer") for row in rows]
 
-    def _begin(self, form: Form, rows: list[_Row]) -> _Batch:
+    def _begin(self, form: Form, rows: list[Row]) -> _Batch:
         """Rows with one adapter stand beside each other."""
         prefixes = {adapter: self._prefix(form, adapter) for adapter in dict.fromkeys(row.adapter for row in rows)}
         fixed = prefixes[rows[0].adapter].ids
-        shared = min(_common(fixed, row.pending) for row in rows)
+        shared = min(common_beginning(fixed, row.pending) for row in rows)
         width = max(len(row.pending) for row in rows) + _ROOM
         batch = _Batch(rows, _Columns(self._model, [row.adapter for row in rows], width))
         batch.columns.put([prefixes[row.adapter] for row in rows], shared)
@@ -230,7 +196,7 @@ class GenModel:
             row.length += len(row.pending)
             if tree.kind is not None and tree.kind not in row.words:
                 row.words[tree.kind] = tree.word_probabilities(log_probabilities[index])
-            for accepted in self._walk(row, tree, best[index]):
+            for accepted in follow(row, tree, best[index], self._tokenizer, self._ends):
                 batch.columns.seen[index, behind + accepted] = True
                 row.length += 1
 
@@ -297,44 +263,6 @@ class GenModel:
             log_probabilities.append(of_tree)
         return choices, log_probabilities
 
-    def _walk(self, row: _Row, tree: DraftTree, best: Mapping[int, int]) -> list[int]:
-        """Follow the most probable tokens as far as they are known; returns which computed nodes lie on the way."""
-        places = {node: place for place, node in enumerate(tree.computed)}
-        accepted: list[int] = []
-        node = ROOT
-        while True:
-            token = best[node]
-            if token in self._ends:
-                self._finish(row, row.text + "\n", ended=True)
-                return accepted
-            child = tree.children[node].get(token)
-            row.answer.append(token)
-            text = self._tokenizer.text(row.answer)
-            if child is None and not (self._tokenizer.is_text(token) and row.form.can_become(text)):
-                row.outcome = UnreadableVerdict(f"the model does not answer in the lines {row.form.heads}")
-                return accepted
-            row.text = text
-            if row.form.complete(text):
-                self._finish(row, text, ended=False)
-                return accepted
-            if len(row.answer) >= _MOST_ANSWER:
-                row.outcome = UnreadableVerdict(f"the model's answer does not end within {_MOST_ANSWER} tokens")
-                return accepted
-            if child is None or child not in places:
-                row.pending = [token]
-                return accepted
-            accepted.append(places[child])
-            node = child
-
-    def _finish(self, row: _Row, text: str, *, ended: bool) -> None:
-        """Take an answer that is complete, or that the model has ended."""
-        if ended and not (row.form.can_become(text) and row.form.complete(text)):
-            row.outcome = UnreadableVerdict(f"the model ended its answer before it had the lines {row.form.heads}")
-        elif sum(row.words[LineKind.SEVERITY].values()) < FLOOR:
-            row.outcome = UnreadableVerdict(f"the three severities have a probability below {FLOOR} together")
-        else:
-            row.outcome = Scores(text, MappingProxyType(row.words))
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prefix:
@@ -348,7 +276,7 @@ class _Prefix:
 class _Batch:
     """Prompts that are computed together."""
 
-    rows: list[_Row]
+    rows: list[Row]
     columns: _Columns
 
     def drop_finished(self) -> None:
@@ -442,20 +370,6 @@ def _mask(pending: int, tree: DraftTree, width: int) -> Tensor:
         if pending:
             mask[row] |= mask[rows[tree.parents[node]]]
     return mask
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two sequences begin with together; at least one of the second is left."""
-    most = min(len(one), len(other) - 1)
-    return next((place for place in range(most) if one[place] != other[place]), most)
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PromptTokenizer) -> frozenset[int]:
-    """The ids that end an answer."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    named = [tokenizer.control.get(name) for name in _ENDS]
-    return frozenset(token for token in (*listed, *named) if token is not None)
 
 
 def _load_model(folder: Path, dtype: torch.dtype | str, device: str) -> PreTrainedModel:

@@ -21,17 +21,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from safetensors import deserialize
 
 from tidegate.errors import InputError
+from tidegate.train.graph import CONTRIB, Graph, Quantized, quantize
 
 __all__ = ["HEADS", "Quantized", "agreement", "dequantized", "export_onnx", "quantize"]
 
@@ -39,46 +40,10 @@ HEADS = ("risk", "category", "query_risk", "query_category")
 """The four outputs of logits, in the order of ``StreamLogits``."""
 
 Float = NDArray[np.float32]
-_OPSET, _CONTRIB = 17, "com.microsoft"
-_CLIPS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
-_BLOCK = 4096
+_OPSET = 17
 _DTYPES = {"F32": np.float32, "F16": np.float16}
 _SHIPPED = ("config.json", "tokenizer.json")
 _WIDE = "ngrams.npy"
-
-
-class Quantized(NamedTuple):
-    """A matrix in 8 bits: ``values * scale[:, None]`` is what it stands for; rows are output channels."""
-
-    values: NDArray[np.int8]
-    scale: Float
-
-    def float32(self) -> Float:
-        """The matrix that is computed with."""
-        return np.multiply(self.values, self.scale[:, None], dtype=np.float32)
-
-
-def quantize(matrix: Float) -> Quantized:
-    """Store a matrix in int8, one symmetric scale per row, each row clipped where its mean squared error is least."""
-    scale = np.empty(len(matrix), np.float32)
-    values = np.empty(matrix.shape, np.int8)
-    for start in range(0, len(matrix), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        scale[part] = _best_scale(matrix[part])
-        values[part] = np.clip(np.rint(matrix[part] / scale[part, None]), -127, 127).astype(np.int8)
-    return Quantized(values, scale)
-
-
-def _best_scale(rows: Float) -> Float:
-    peak = np.maximum(np.abs(rows).max(axis=1), np.float32(1e-12)) / np.float32(127)
-    best, least = peak.copy(), np.full(len(rows), np.inf, np.float32)
-    for clip in _CLIPS:
-        scale = peak * clip
-        rounded = np.clip(np.rint(rows / scale[:, None]), -127, 127) * scale[:, None]
-        error = np.square(rounded - rows).sum(axis=1)
-        better = error < least
-        best[better], least[better] = scale[better], error[better]
-    return np.asarray(best, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,58 +94,6 @@ class _Shape:
             raise InputError(f"the field {error} is missing", where=where) from None
 
 
-@dataclass(slots=True)
-class _Graph:
-    """A graph under construction: every method adds a node and gives the name of what comes out."""
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
-
-    def add(
-        self, kind: str, *inputs: str, outputs: int = 1, name: str = "", domain: str = "", **attributes: Any
-    ) -> Any:
-        number = len(self.nodes)
-        names = [name] if name else [f"{kind}.{number}.{index}" for index in range(outputs)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, f"{kind}.{number}", domain=domain, **attributes))
-        return names[0] if outputs == 1 else names
-
-    def constant(self, name: str, values: NDArray[Any]) -> str:
-        if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
-        return name
-
-    def reshape(self, value: str, *shape: int) -> str:
-        name = "shape." + ".".join(map(str, shape))
-        return str(self.add("Reshape", value, self.constant(name, np.array(shape, np.int64))))
-
-    def split(self, value: str, *sizes: int) -> list[str]:
-        name = "sizes." + ".".join(map(str, sizes))
-        parts: list[str] = self.add(
-            "Split", value, self.constant(name, np.array(sizes, np.int64)), outputs=len(sizes), axis=-1
-        )
-        return parts
-
-    def linear(self, value: str, name: str, weight: Quantized) -> str:
-        """``value @ weight.T``, the weight stored in int8 and folded to fp32 at load."""
-        values = self.add("Cast", self.constant(f"{name}.int8", weight.values.T), to=TensorProto.FLOAT)
-        matrix = self.add("Mul", values, self.constant(f"{name}.scale", weight.scale))
-        return str(self.add("MatMul", value, matrix))
-
-    def norm(self, value: str, name: str, weight: Float, eps: float) -> str:
-        """RMSNorm over the last axis."""
-        gamma = self.constant(name, weight)
-        return str(self.add("SimplifiedLayerNormalization", value, gamma, axis=-1, epsilon=eps, stash_type=1))
-
-    def add_norm(self, value: str, residual: str, name: str, weight: Float, eps: float) -> tuple[str, str]:
-        """The sum of two values after RMSNorm, and the sum itself."""
-        node = f"AddNorm.{len(self.nodes)}"
-        outputs = [f"{node}.normed", "", "", f"{node}.sum"]
-        inputs = [value, residual, self.constant(name, weight)]
-        kind = "SkipSimplifiedLayerNormalization"
-        self.nodes.append(helper.make_node(kind, inputs, outputs, node, domain=_CONTRIB, epsilon=eps))
-        return outputs[0], outputs[3]
-
-
 class _Weights:
     """The tensors of a checkpoint: matrices in 8 bits, everything small in fp32; counts what was used."""
 
@@ -210,20 +123,20 @@ def _rotary_tables(shape: _Shape) -> tuple[Float, Float]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def _embed(graph: _Graph, weight: Quantized) -> str:
+def _embed(graph: Graph, weight: Quantized) -> str:
     rows = graph.add("Gather", graph.constant("embedding.int8", weight.values), "input_ids", axis=0)
     scales = graph.add("Gather", graph.constant("embedding.scale", weight.scale[:, None]), "input_ids", axis=0)
     return str(graph.add("Mul", graph.add("Cast", rows, to=TensorProto.FLOAT), scales))
 
 
-def _rotated(graph: _Graph, value: str, heads: int, name: str, weight: Float, shape: _Shape) -> str:
+def _rotated(graph: Graph, value: str, heads: int, name: str, weight: Float, shape: _Shape) -> str:
     """Query or key heads: RMSNorm of each head, then the rotary embedding; [B, S, heads * D] in and out."""
     split = graph.reshape(value, 0, 0, heads, shape.head_dim)
     normed = graph.reshape(graph.norm(split, name, weight, shape.eps), 0, 0, heads * shape.head_dim)
-    return str(graph.add("RotaryEmbedding", normed, "position_ids", "cos", "sin", domain=_CONTRIB, interleaved=0))
+    return str(graph.add("RotaryEmbedding", normed, "position_ids", "cos", "sin", domain=CONTRIB, interleaved=0))
 
 
-def _attention(graph: _Graph, normed: str, layer: int, weights: _Weights, shape: _Shape) -> tuple[str, list[str]]:
+def _attention(graph: Graph, normed: str, layer: int, weights: _Weights, shape: _Shape) -> tuple[str, list[str]]:
     """Grouped attention over cached and new positions, without joining them or repeating the shared heads."""
     prefix, size = f"model.layers.{layer}.self_attn", shape.head_dim
     projected = graph.linear(
@@ -238,7 +151,7 @@ def _attention(graph: _Graph, normed: str, layer: int, weights: _Weights, shape:
         graph.add("Transpose", graph.reshape(part, 0, 0, shape.kv_heads, size), perm=[0, 2, 1, 3]) for part in (k, v)
     )
     scores = [
-        graph.add("FusedMatMul", q, keys, domain=_CONTRIB, transB=1, alpha=size**-0.5)
+        graph.add("FusedMatMul", q, keys, domain=CONTRIB, transB=1, alpha=size**-0.5)
         for keys in (f"past.{2 * layer}", k)
     ]
     together = graph.add("Concat", *scores, axis=-1)
@@ -252,15 +165,15 @@ def _attention(graph: _Graph, normed: str, layer: int, weights: _Weights, shape:
     return graph.linear(mixed, f"{prefix}.o_proj", weights.matrix(f"{prefix}.o_proj.weight")), [k, v]
 
 
-def _feed_forward(graph: _Graph, normed: str, layer: int, weights: _Weights, shape: _Shape) -> str:
+def _feed_forward(graph: Graph, normed: str, layer: int, weights: _Weights, shape: _Shape) -> str:
     prefix = f"model.layers.{layer}.mlp"
     both = weights.matrix(f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
     gate, up = graph.split(graph.linear(normed, f"{prefix}.gate_up", both), shape.intermediate, shape.intermediate)
-    gated = graph.add("Mul", graph.add("QuickGelu", gate, domain=_CONTRIB, alpha=1.0), up)
+    gated = graph.add("Mul", graph.add("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)
     return graph.linear(gated, f"{prefix}.down_proj", weights.matrix(f"{prefix}.down_proj.weight"))
 
 
-def _heads(graph: _Graph, hidden: str, weights: _Weights, shape: _Shape) -> None:
+def _heads(graph: Graph, hidden: str, weights: _Weights, shape: _Shape) -> None:
     branches = ("risk_level_category", "query_risk_level_category")
     pre = weights.matrix(*(f"{branch}_pre.weight" for branch in branches))
     parts = graph.split(graph.linear(hidden, "heads.pre", pre), shape.inner, shape.inner)
@@ -271,8 +184,8 @@ def _heads(graph: _Graph, hidden: str, weights: _Weights, shape: _Shape) -> None
             graph.add("MatMul", normed, graph.constant(name, weights.vector(name).T), name=output)
 
 
-def _build(shape: _Shape, weights: _Weights) -> _Graph:
-    graph = _Graph()
+def _build(shape: _Shape, weights: _Weights) -> Graph:
+    graph = Graph()
     cos, sin = _rotary_tables(shape)
     graph.constant("cos", cos)
     graph.constant("sin", sin)
@@ -300,7 +213,7 @@ def _build(shape: _Shape, weights: _Weights) -> _Graph:
     return graph
 
 
-def _model(graph: _Graph, shape: _Shape) -> onnx.ModelProto:
+def _model(graph: Graph, shape: _Shape) -> onnx.ModelProto:
     def tensor(name: str, kind: int, *dimensions: int | str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, dimensions)
 
@@ -317,7 +230,7 @@ def _model(graph: _Graph, shape: _Shape) -> onnx.ModelProto:
         *(tensor(name, number, "B", "S", count) for name, count in zip(HEADS, shape.classes, strict=True)),
     ]
     body = helper.make_graph(graph.nodes, "edge", inputs, outputs, list(graph.constants.values()))
-    domains = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_CONTRIB, 1)]
+    domains = [helper.make_opsetid("", _OPSET), helper.make_opsetid(CONTRIB, 1)]
     return helper.make_model(body, opset_imports=domains, ir_version=9, producer_name="tidegate")
 
 

@@ -1,8 +1,9 @@
 """The Stream architecture on vLLM's layers: its Qwen3 backbone, sharded as vLLM shards it, and the two head branches.
 
-The heads are small (1 M of 597 M parameters at 0.6B) and are whole on every rank of a tensor-parallel group, and on the
-last stage of a pipeline alone. They are computed once for all the tokens of a step, and each request is given the rows
-that it asks for. Names of tensors, and what is cast when, are those of the released models (`tidegate.model.stream`).
+The heads are small (1 M of 597 M parameters at 0.6B) and are whole on every rank of a tensor-parallel group. They are
+computed once for all the tokens of a step, and each request is given the rows that it asks for. Names of tensors, and
+what is cast when, are those of the released models (`tidegate.model.stream`). There is no pipeline parallelism: the
+model does not claim it, so that vLLM refuses it. A pipeline helps no model of this size, and makes each piece wait.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.pooler import Pooler
-from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.qwen3 import Qwen3Model
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.pooling_params import PoolingParams
@@ -34,6 +34,8 @@ TARGET: Final = "tidegate_target"
 """And the one that says whose heads are read; without it, both branches are."""
 _TASK: Final = "token_classify"
 _HEADS: Final = ("", "query_")
+_UNUSED: Final = "lm_head."
+"""A checkpoint may have tensors of this name, and a guard does not need them."""
 
 
 class _Part(NamedTuple):
@@ -126,7 +128,7 @@ def joined(parts: list[_Part]) -> Tensor:
     return torch.cat(rows)
 
 
-class Qwen3ForGuardModel(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[misc,unused-ignore]
+class Qwen3ForGuardModel(nn.Module, SupportsLoRA):  # type: ignore[misc,unused-ignore]
     """A Qwen3 backbone with the two branches of Qwen3Guard-Stream."""
 
     is_pooling_model: ClassVar[Literal[True]] = True
@@ -142,9 +144,7 @@ class Qwen3ForGuardModel(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[m
         self.config = config
         self.quant_config = vllm_config.quant_config
         self.model = Qwen3Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        if get_pp_group().is_last_rank:
-            self._add_heads(prefix)
+        self._add_heads(prefix)
         classes = (config.num_risk_level, config.num_category, config.num_query_risk_level, config.num_query_category)
         self.pooler = StreamPooler(self, classes)
 
@@ -159,9 +159,10 @@ class Qwen3ForGuardModel(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[m
         positions: Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> Tensor | IntermediateTensors:
-        """Hidden states ``[tokens, hidden_size]`` after the final norm; on earlier stages, what the next one needs."""
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+    ) -> Tensor:
+        """Hidden states ``[tokens, hidden_size]`` after the final norm."""
+        hidden: Tensor = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All four heads on hidden states ``[tokens, hidden_size]``, side by side: ``[tokens, 23]``."""
@@ -175,10 +176,7 @@ class Qwen3ForGuardModel(nn.Module, SupportsLoRA, SupportsPP):  # type: ignore[m
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors by their released names; gives the names of the parameters that were loaded."""
-        ignored = ["lm_head."]
-        if not get_pp_group().is_last_rank:
-            ignored += [f"{name}{kind}" for name in _HEADS for kind in ("risk_level", "category_head")]
-        loaded: set[str] = AutoWeightsLoader(self, ignore_unexpected_prefixes=ignored).load_weights(weights)
+        loaded: set[str] = AutoWeightsLoader(self, ignore_unexpected_prefixes=[_UNUSED]).load_weights(weights)
         return loaded
 
     def _add_heads(self, prefix: str) -> None:

@@ -16,6 +16,9 @@ before it: the two together are decided as the milder of them.
 
 A guard that fails is decided by ``policy.on_guard_error``. When that is milder than BLOCK, what is held and all that
 follows is let through, and the coverage says how many characters were not judged.
+
+What a policy only observes is decided beside, with a debounce of its own, and stops nothing: the decision says what it
+would have been, as far as the stream went. A policy has layers; here always those of the scope are meant.
 """
 
 from __future__ import annotations
@@ -33,8 +36,10 @@ from typing import Any, Final, Protocol, TypeVar
 from tidegate.errors import GuardError, GuardTimeout, InputError, SessionClosed, UnreadableVerdict
 from tidegate.guards import load_guard
 from tidegate.guards.base import Guard, Session, StreamGuard
+from tidegate.guards.resilient import ResilientGuard
 from tidegate.guards.session import assistant_turn, check_written
-from tidegate.policy import Policy, Retention, ScopedPolicy, decide, load_policy
+from tidegate.guards.terms import Terms, on_terms
+from tidegate.policy import Policy, Retention, ScopedPolicy, decide, load_policy, observed
 from tidegate.types import (
     Action,
     Channel,
@@ -57,6 +62,7 @@ from tidegate.types import (
 __all__ = ["Keep", "Step", "StreamModerator", "check", "failure_of", "moderate", "moderate_stream", "surely"]
 
 T = TypeVar("T")
+G = TypeVar("G", bound=Guard)
 
 
 class Keep(Protocol):
@@ -92,14 +98,26 @@ async def moderate(
     Raises:
         StoreError: when the decision could not be kept.
     """
-    said = await _verdict(conversation, guard, timeout_s)
+    here = policy.at(scope)
+    said = await _verdict(conversation, *_agreed(guard, here, timeout_s))
     paths = _paths_of(conversation) if coverage is None else tuple(coverage)
     if isinstance(said, GuardFailure):
         paths = tuple(_not_judged(path) for path in paths)
     decision = decide(policy, said, scope, paths)
     if keep is not None:
-        await surely(keep(decision, conversation, retention=policy.retention))
+        await surely(keep(decision, conversation, retention=here.retention))
     return decision
+
+
+def _agreed(guard: G, policy: Policy, timeout_s: float | None) -> tuple[G, float | None]:
+    """The guard as the policy wants it, and the seconds that are waited for it.
+
+    A `ResilientGuard` keeps the policy's deadline itself, so that there is time for its fallback behind it.
+    """
+    deadline_s = None if policy.deadline_ms is None else policy.deadline_ms / 1000
+    if deadline_s is not None and not isinstance(guard, ResilientGuard):
+        timeout_s = deadline_s if timeout_s is None else min(timeout_s, deadline_s)
+    return on_terms(guard, Terms(deadline_s, policy.degraded == "edge", policy.instructions)), timeout_s
 
 
 async def surely(work: Coroutine[Any, Any, T]) -> T:
@@ -296,14 +314,13 @@ class StreamModerator:
         self.released = 0
         self.channel = channel
         self.path = path
-        self._guard = guard
-        self._policy = policy
-        self._scope = scope
         self._rules = policy.for_scope(scope, Target.RESPONSE)
+        self._guard, self._timeout_s = _agreed(guard, self._rules.policy, timeout_s)
         self._context = context
         self._before = {"reasoning": reasoning, "name": name}
-        self._timeout_s = timeout_s
         self._debounce = _Debounce(self._rules)
+        self._watching = None if self._rules.observing is None else _Debounce(self._rules.observing)
+        self._watching_stopped = False
         self._session: Session | None = None
         self._failure: GuardFailure | None = None
         self._texts: list[str] = []
@@ -361,6 +378,8 @@ class StreamModerator:
             return None
         self._ended = True
         self._debounce.complete()
+        if self._watching is not None and not self._watching_stopped:
+            self._watching.complete()
         if self._debounce.worst is not None or self._failure is not None:
             self.decision = self._decide()
         return self.decision
@@ -373,7 +392,7 @@ class StreamModerator:
         if self._failure is None and (text or self.fed):
             tokens, stopped = await self._judge(text, ends=ends)
         if self._failure is not None:
-            stopped = stopped or self._policy.on_guard_error >= _STOPS
+            stopped = stopped or self._stops(self._failure)
         released = self._release(self._bound(stopped=stopped, ends=ends))
         if stopped or ends:
             self._end()
@@ -392,12 +411,24 @@ class StreamModerator:
         for number, token in enumerate(tokens, 1):
             self.judged = token.span.end
             whole = ends and number == len(tokens) and token.span == Span(self.fed, self.fed)
+            self._watch(token, whole=whole)
             if self._debounce.note_end(token) if whole else self._debounce.note(token):
                 return tokens[:number], True
         if ends and self.judged != self.fed:
             said = f"the guard judged {self.judged} of {self.fed} characters"
             self._fail(GuardFailure(UnreadableVerdict.__name__, said, self._guard.name))
+        if ends and self._watching is not None and not self._watching_stopped:
+            self._watching.complete()
         return tokens, ends and self._debounce.complete()
+
+    def _watch(self, token: TokenVerdict, *, whole: bool) -> None:
+        """What would have become of the stream if all that is only observed were in force; it ends where that stops."""
+        watching = self._watching
+        if watching is not None and not self._watching_stopped:
+            self._watching_stopped = watching.note_end(token) if whole else watching.note(token)
+
+    def _stops(self, failure: GuardFailure) -> bool:
+        return not self._rules.quiet and self._rules.policy.on_failure(failure.kind) >= _STOPS
 
     def _fail(self, failure: GuardFailure) -> None:
         self._failure = failure
@@ -426,18 +457,26 @@ class StreamModerator:
         self.decision = self._decide()
 
     def _decide(self) -> Decision:
-        found = self._debounce.worst
-        choices = [decide(self._policy, self._failure, self._scope)] if self._failure else []
+        decision = self._choose(self._rules, self._debounce)
+        if self._watching is None or self._rules.observing is None:
+            return decision
+        other = self._choose(self._rules.observing, self._watching)
+        return observed(other if self._rules.quiet else decision, other, quiet=self._rules.quiet)
+
+    def _choose(self, rules: ScopedPolicy, debounce: _Debounce) -> Decision:
+        found = debounce.worst
+        choices = [rules.choose(self._failure)] if self._failure else []
         if found is not None or not choices:
-            choices.append(self._rules.decide(self._verdict(found)))
+            choices.append(rules.choose(self._verdict(found)))
         chosen = max(choices, key=lambda choice: choice.action)
         action = Action.BLOCK if chosen.action >= _STOPS else chosen.action
         return replace(chosen, action=action, coverage=self.coverage)
 
     def _verdict(self, found: _Finding | None) -> Verdict:
+        signed: str = getattr(self._session, "signed", self._guard.name)
         if found is None:
             nothing = Probabilities(1.0, 0.0, 0.0)
-            return Verdict(Target.RESPONSE, Severity.SAFE, nothing, reason="there was no text", guard=self._guard.name)
+            return Verdict(Target.RESPONSE, Severity.SAFE, nothing, reason="there was no text", guard=signed)
         token = found.token
         named = token.category is not None and token.severity > Severity.SAFE
         return Verdict(
@@ -447,7 +486,7 @@ class StreamModerator:
             (token.category,) if named and token.category is not None else (),
             {} if token.category is None else {token.category: token.category_probability},
             span=Span(found.start, token.span.end),
-            guard=self._guard.name,
+            guard=signed,
         )
 
 
@@ -490,7 +529,7 @@ async def moderate_stream(
         if decision is not None and keep is not None:
             answer = assistant_turn(moderator.text, channel, reasoning=reasoning, name=name)
             whole = context.then(answer) if context else Conversation((answer,))
-            await surely(keep(decision, whole, retention=policy.retention))
+            await surely(keep(decision, whole, retention=policy.at(scope).retention))
 
     try:
         async for text in chunks:

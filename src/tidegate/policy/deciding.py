@@ -263,6 +263,7 @@ class ScopedPolicy:
 
     Attributes:
         observing: the same with all that is only observed in force; None when nothing is only observed.
+        quiet: the whole policy is only observed: nothing but ALLOW is done.
     """
 
     __slots__ = (
@@ -271,10 +272,10 @@ class ScopedPolicy:
         "_fallback",
         "_general",
         "_lift",
-        "_quiet",
         "_thresholds",
         "observing",
         "policy",
+        "quiet",
         "scope",
         "target",
     )
@@ -286,7 +287,7 @@ class ScopedPolicy:
         concerned = [rule for rule in enumerate(policy.rules) if rule[1].concerns(scope, target)]
         watched = policy.observe or any(rule.observe for _, rule in concerned)
         self.observing = ScopedPolicy(policy, scope, target, enforced=False) if enforced and watched else None
-        self._quiet = enforced and policy.observe
+        self.quiet = enforced and policy.observe
         end = len(policy.rules)
         self._fallback = _Choice(policy.otherwise, "otherwise", end)
         self._controversial = (
@@ -305,7 +306,7 @@ class ScopedPolicy:
 
     def action(self, token: TokenVerdict) -> Action:
         """What this token alone calls for. The same as deciding on a verdict that says what the token says."""
-        if self._quiet:
+        if self.quiet:
             return Action.ALLOW
         entries = self._general
         category = token.category
@@ -318,10 +319,10 @@ class ScopedPolicy:
 
     def decide(self, verdict: Verdict, coverage: Iterable[Coverage] = ()) -> Decision:
         """Apply the policy to a verdict on this target."""
-        decision = self._decide(verdict, tuple(coverage))
+        decision = self.choose(verdict, tuple(coverage))
         if self.observing is None:
             return decision
-        return observed(decision, self.observing._decide(verdict), quiet=self._quiet)
+        return observed(decision, self.observing.choose(verdict), quiet=self.quiet)
 
     def present(self, verdict: Verdict) -> list[str]:
         """The categories that a verdict on this target has by the thresholds of the policy, sorted."""
@@ -333,7 +334,10 @@ class ScopedPolicy:
             present.discard(Category.JAILBREAK.value)
         return sorted(present)
 
-    def _decide(self, verdict: Verdict, coverage: tuple[Coverage, ...] = ()) -> Decision:
+    def choose(self, verdict: Verdict | GuardFailure, coverage: tuple[Coverage, ...] = ()) -> Decision:
+        """What the rules here choose, without a word on what is only observed."""
+        if isinstance(verdict, GuardFailure):
+            return self._choose_on_failure(verdict, coverage)
         choices = [
             self._first(self._by_category.get(category, self._general), verdict.severity, verdict.probabilities)
             for category in self.present(verdict)
@@ -349,6 +353,17 @@ class ScopedPolicy:
             scope=self.scope,
             coverage=coverage,
             advice=tuple(sorted(advice, key=list(Advice).index)),
+        )
+
+    def _choose_on_failure(self, failure: GuardFailure, coverage: tuple[Coverage, ...]) -> Decision:
+        return Decision(
+            self.policy.on_failure(failure.kind),
+            "on_guard_error",
+            self.policy.name,
+            self.policy.version,
+            failure=failure,
+            scope=self.scope,
+            coverage=coverage,
         )
 
     def _first(self, entries: tuple[_Entry, ...], severity: Severity, probabilities: Probabilities) -> _Choice:
@@ -403,17 +418,9 @@ def decide(
     """What the policy does about a verdict, or about a guard that could not judge. Every input has a decision."""
     if isinstance(verdict, Verdict):
         return policy.for_scope(scope, verdict.target).decide(verdict, coverage)
-    here = policy.at(scope)
-    decision = Decision(
-        here.on_failure(verdict.kind),
-        "on_guard_error",
-        here.name,
-        here.version,
-        failure=verdict,
-        scope=scope,
-        coverage=tuple(coverage),
-    )
-    return observed(decision, decision, quiet=True) if here.observe else decision
+    rules = policy.for_scope(scope, Target.PROMPT)
+    decision = rules.choose(verdict, tuple(coverage))
+    return observed(decision, decision, quiet=True) if rules.quiet else decision
 
 
 def decide_token(

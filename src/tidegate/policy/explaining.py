@@ -191,17 +191,18 @@ def _tried_for(
         for rule in rules.policy.rules:
             why_not = _why_not(rule, category, rules, verdict, lifted=lifted)
             matched = why_not is None
-            why = why_not or _why(rule, lifted=lifted)
-            yield Trying(category, rule.name, of_layer.get(rule.name, DEFAULT), matched, rule.observe, why)
-            if matched and not rule.observe:
+            passed = rule.observe and not rules.policy.observe  # where all is only observed, one rule is as another
+            why = why_not or _why(lifted=lifted, passed=passed)
+            yield Trying(category, rule.name, of_layer.get(rule.name, DEFAULT), matched, passed, why)
+            if matched and not passed:
                 return
 
 
-def _why(rule: Rule, *, lifted: bool) -> str:
+def _why(*, lifted: bool, passed: bool) -> str:
     said = "all that it asks for is so"
     if lifted:
         said += ", taking what is controversial for unsafe"
-    return f"{said}; but it is only observed" if rule.observe else said
+    return f"{said}; but it is only observed" if passed else said
 
 
 def _why_not(rule: Rule, category: str | None, rules: ScopedPolicy, verdict: Verdict, *, lifted: bool) -> str | None:

@@ -1,15 +1,13 @@
 """The prompts of Gen guards, byte for byte as the official template renders them, and the reading of answers.
 
-``QWEN3GUARD_FILES`` names a folder with the official tokenizer and, in ``gen-0.6b``, the chat template; what compares
-with these is skipped without it.
+``TIDEGATE_QWEN3GUARD_FILES`` names a folder with the official tokenizer and, in ``gen-0.6b``, the chat template; what
+compares with these is skipped without it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,6 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from qwen3guard_files import FILES
 from tidegate.errors import InputError, UnreadableVerdict
 from tidegate.prompts import (
     CONTROL,
@@ -33,8 +32,7 @@ from tidegate.prompts import (
 )
 from tidegate.types import CATEGORIES, Category, Conversation, Role, Severity, Target, ToolCall, Turn
 
-FILES = os.environ.get("QWEN3GUARD_FILES")
-official_files = pytest.mark.skipif(FILES is None, reason="QWEN3GUARD_FILES names no folder")
+official_files = pytest.mark.skipif(FILES is None, reason="needs the released files: TIDEGATE_QWEN3GUARD_FILES")
 
 ABOUT_PROMPT, ABOUT_RESPONSE = OFFICIAL[Target.PROMPT], OFFICIAL[Target.RESPONSE]
 REASONED = reason_form(Target.PROMPT, ["Refunds", "Refunds to Others", "Legal (advice)"])
@@ -92,7 +90,8 @@ def test_prompts_equal_the_captured_renderings(digest: str, conversation: Conver
 @official_files
 @given(conversation=official_conversations())
 def test_prompts_equal_the_official_template(conversation: Conversation) -> None:
-    source = Path(str(FILES)) / "gen-0.6b" / "chat_template.jinja"
+    assert FILES is not None
+    source = FILES / "gen-0.6b" / "chat_template.jinja"
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(source.read_text(encoding="utf-8"))
     messages = [{"role": turn.role.value, "content": turn.content} for turn in conversation.turns]
@@ -101,7 +100,8 @@ def test_prompts_equal_the_official_template(conversation: Conversation) -> None
 
 @official_files
 def test_an_empty_prompt_has_297_tokens() -> None:
-    tokenizer = Tokenizer.from_file(str(Path(str(FILES)) / "tokenizer.json"))
+    assert FILES is not None
+    tokenizer = Tokenizer.from_file(str(FILES / "tokenizer.json"))
     text = ABOUT_PROMPT.prompt(Conversation.of("")).text
     assert len(tokenizer.encode(text, add_special_tokens=False).ids) == 297
 

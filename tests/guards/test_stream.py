@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 import threading
+import unicodedata
 from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -325,6 +326,16 @@ async def test_character_by_character_equals_at_once_over_several_windows(
     whole = await streamed(narrow.open(PROMPT, channel, name="f"), [text])
     assert_same(whole, await streamed(narrow.open(PROMPT, channel, name="f"), list(text)))
     assert_covers(whole, text)
+
+
+@pytest.mark.parametrize("name", ["e\u0301" * 30, "\u0958" * 30])
+async def test_no_token_of_a_call_is_skipped_however_the_name_of_the_tool_is_written(
+    guard: Qwen3StreamGuard, name: str
+) -> None:
+    canonical = unicodedata.normalize("NFC", name)
+    tokens = await streamed(guard.open(PROMPT, Channel.TOOL_CALL, name=name), list(ANSWER))
+    assert_covers(tokens, ANSWER)
+    assert_same(tokens, await streamed(guard.open(PROMPT, Channel.TOOL_CALL, name=canonical), [ANSWER]))
 
 
 async def test_within_the_first_window_verdicts_are_those_of_a_wide_one(

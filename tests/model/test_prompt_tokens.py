@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -15,11 +13,11 @@ from tokenizers import Tokenizer
 pytest.importorskip("torch")
 
 from gen_folder import tiny_tokenizer
+from qwen3guard_files import FILES
 from tidegate.model.prompt_tokens import PromptTokenizer
 from tidegate.prompts import CONTROL, OFFICIAL, Form, Prompt, Segment
 from tidegate.types import Conversation, Target
 
-FILES = os.environ.get("QWEN3GUARD_FILES")
 FORM = OFFICIAL[Target.PROMPT]
 TEXTS = st.lists(st.one_of(st.sampled_from([*CONTROL, " ", "\n\n", "e\u0301"]), st.text(max_size=6))).map("".join)
 
@@ -29,7 +27,7 @@ def tokenizers() -> list[tuple[Tokenizer, PromptTokenizer]]:
     """The tokenizer of the tests and, where it is at hand, the official one: as they are, and as ours."""
     whole = [tiny_tokenizer()]
     if FILES is not None:
-        whole.append(Tokenizer.from_file(str(Path(FILES) / "tokenizer.json")))
+        whole.append(Tokenizer.from_file(str(FILES / "tokenizer.json")))
     return [(tokenizer, PromptTokenizer(tokenizer.to_str())) for tokenizer in whole]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from itertools import pairwise
 from typing import Any
 
@@ -203,6 +204,43 @@ def test_the_arguments_of_a_call_in_pieces_have_the_ids_of_the_whole(before: tup
     ids = (*opening.ids, *(token.id for token in tokens), *TEMPLATE.closing(Channel.TOOL_CALL))
     assert rendered.ids == (*ids, *TEMPLATE.closing())
     assert len(rendered.tool_calls) == 1
+
+
+AWKWARD_NAMES = ["e\u0301" * 30, "\u1112\u1161\u11ab" * 9, "\u0958" * 30, "\u212b" * 30]
+"""In canonical form, these have fewer bytes, or more."""
+
+
+def assert_called_by_its_canonical_name(template: QwenTemplate, name: str) -> None:
+    """Tokens of a call, and where its arguments are read, in a whole turn and in a stream."""
+
+    def rendered(name: str) -> Any:
+        return template.conversation(Conversation((USER, Turn(Role.ASSISTANT, tool_calls=(ToolCall(name, "{} ok"),)))))
+
+    canonical = unicodedata.normalize("NFC", name)
+    assert len(canonical.encode()) != len(name.encode())
+    assert rendered(name) == rendered(canonical)
+    opened, expected = (template.opening((USER,), Channel.TOOL_CALL, name=each) for each in (name, canonical))
+    assert template.tokenizer.lead(opened.frame) == len(expected.frame.before.encode())
+
+
+@pytest.mark.parametrize("name", AWKWARD_NAMES)
+def test_arguments_are_read_where_they_begin_however_the_name_of_the_tool_is_written(name: str) -> None:
+    assert_called_by_its_canonical_name(TEMPLATE, name)
+
+
+@pytest.mark.skipif(FILES is None, reason="needs the released files: TIDEGATE_QWEN3GUARD_FILES")
+@pytest.mark.parametrize("name", AWKWARD_NAMES)
+def test_so_they_are_with_the_released_tokenizer(name: str) -> None:
+    assert FILES is not None
+    assert_called_by_its_canonical_name(QwenTemplate(QwenTokenizer.load(FILES / "tokenizer.json")), name)
+
+
+def test_half_a_surrogate_pair_in_the_name_of_a_tool_is_a_replacement_character() -> None:
+    half, whole = (
+        TEMPLATE.conversation(Conversation((Turn(Role.ASSISTANT, tool_calls=(ToolCall(name, "{}"),)),)))
+        for name in ("a\ud83d", "a\ufffd")
+    )
+    assert half == whole
 
 
 @pytest.mark.parametrize("turns", [turns for turns, _ in LAYOUTS])

@@ -1,12 +1,11 @@
 """Gen answers in one or two passes: those of greedy decoding and the official patterns, with exact probabilities.
 
-``QWEN3GUARD_FILES`` names a folder with the official tokenizer; what needs it is skipped without it.
+``TIDEGATE_QWEN3GUARD_FILES`` names a folder with the official tokenizer; what needs it is skipped without it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -33,14 +32,13 @@ from gen_folder import (  # noqa: E402
     toy_rows,
     write_gen_folder,
 )
+from qwen3guard_files import FILES  # noqa: E402
 from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict  # noqa: E402
 from tidegate.model import scoring  # noqa: E402
 from tidegate.model.prompt_tokens import PromptTokenizer  # noqa: E402
 from tidegate.model.scoring import GenModel, Scores  # noqa: E402
 from tidegate.prompts import OFFICIAL, Answer, Form, LineKind  # noqa: E402
 from tidegate.types import CATEGORIES, Conversation, Severity, Target  # noqa: E402
-
-FILES = os.environ.get("QWEN3GUARD_FILES")
 
 NOISE = 1e-4
 """Largest difference of a probability that float32 may make when it adds in another order."""
@@ -157,13 +155,14 @@ def test_severities_have_the_probability_of_their_tokens(model: GenModel) -> Non
             assert words[severity.label] == pytest.approx(expected, abs=NOISE)
 
 
-@pytest.mark.skipif(FILES is None, reason="QWEN3GUARD_FILES names no folder")
+@pytest.mark.skipif(FILES is None, reason="needs the released files: TIDEGATE_QWEN3GUARD_FILES")
 @pytest.mark.parametrize("target", Target)
 def test_severities_have_the_probability_of_their_official_tokens(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the official prompt and tokenizer; "Controversial" is three tokens of it."""
-    tokenizer = PromptTokenizer.load(Path(str(FILES)) / "tokenizer.json")
+    assert FILES is not None
+    tokenizer = PromptTokenizer.load(FILES / "tokenizer.json")
     torch.manual_seed(6)
     config = tiny_config(vocab_size=151_936, eos_token_id=tokenizer.control["<|im_end|>"])
     model = GenModel(Qwen3ForCausalLM(config).eval(), tokenizer)

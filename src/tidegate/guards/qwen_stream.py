@@ -325,8 +325,9 @@ class Qwen3StreamSession(TextSession):
         else:
             opening = await asyncio.to_thread(self._lay_out)
         self._opening = opening
-        self._lead = len(opening.frame.before.encode())
-        self._text = self._guard._template.tokenizer.incremental(opening.frame, speculate=False)
+        tokenizer = self._guard._template.tokenizer
+        self._lead = tokenizer.lead(opening.frame)
+        self._text = tokenizer.incremental(opening.frame, speculate=False)
         return self._text
 
     def _lay_out(self) -> Opening:

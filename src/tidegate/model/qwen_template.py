@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from tidegate.errors import GuardUnavailable, InputError
-from tidegate.model.qwen_tokens import Frame, IncrementalQwenTokens, QwenTokenizer
+from tidegate.model.qwen_tokens import Frame, IncrementalQwenTokens, QwenTokenizer, well_formed
 from tidegate.types import Channel, Conversation, Role, Turn
 
 __all__ = ["Opening", "QwenTemplate", "Reading", "Rendered"]
@@ -240,4 +240,4 @@ class _Page:
 
 
 def _call_frame(name: str) -> Frame:
-    return Frame(f'\n{{"name": "{name}", "arguments": ', "}\n")
+    return Frame(f'\n{{"name": "{well_formed(name)}", "arguments": ', "}\n")

@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 from tidegate.errors import GuardUnavailable
 from tidegate.model.tokens import Token, _byte_letters, _characters, _is_high_surrogate
 
-__all__ = ["Frame", "IncrementalQwenTokens", "QwenTokenizer", "Update"]
+__all__ = ["Frame", "IncrementalQwenTokens", "QwenTokenizer", "Update", "well_formed"]
 
 SPLIT_PATTERN: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -138,9 +138,13 @@ class QwenTokenizer:
         """A tokenizer of one text that arrives in pieces; without ``speculate`` it tells final tokens only."""
         return IncrementalQwenTokens(self, frame, speculate=speculate)
 
+    def lead(self, frame: Frame) -> int:
+        """How many bytes tokens hold of what the frame puts before a text: those of its canonical form."""
+        return len(self.normalized(frame.before).encode())
+
     def leading(self, tokens: list[Token], frame: Frame) -> int:
         """How many of the first tokens hold nothing of the text, but only of what the frame puts before it."""
-        left = len(frame.before.encode())
+        left = self.lead(frame)
         for count, token in enumerate(tokens):
             left -= self._bytes[token.id]
             if left < 0:
@@ -429,6 +433,11 @@ def _agreement(one: list[Any], other: list[Any]) -> int:
         if left != right:
             return index
     return min(len(one), len(other))
+
+
+def well_formed(text: str) -> str:
+    """Text in which halves of surrogate pairs are joined, and single ones replaced."""
+    return _joined(text, 0)[0]
 
 
 def _width(character: str) -> int:

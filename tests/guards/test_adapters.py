@@ -19,9 +19,10 @@ from adapter_folder import random_tensors, turned, turned_adapter, write_adapter
 from gen_folder import ABOUT_PROMPT, ABOUT_RESPONSE, REASONED, gen_folder, toy_rows
 from tidegate.errors import GuardError, GuardUnavailable, InputError
 from tidegate.guards import AdaptableGuard, gen, load_guard
+from tidegate.guards.cascade import AskBetween, AskOptions, CascadeConfig, CascadeGuard
 from tidegate.guards.gen import GenGuard
 from tidegate.model.scoring import GenModel
-from tidegate.moderate import moderate, moderate_stream
+from tidegate.moderate import check, moderate, moderate_stream
 from tidegate.policy import load_policy
 from tidegate.types import Conversation, Severity, Target, TokenVerdict, Verdict
 
@@ -162,6 +163,10 @@ async def test_an_adapted_guard_goes_wherever_a_guard_goes(guard: GenGuard) -> N
     assert decision.verdict is not None
     assert (decision.verdict.severity, decision.verdict.guard) == (Severity.UNSAFE, bank.name)
     assert (await moderate(safe, guard=guard, policy=policy)).action < decision.action
+    assert (await asyncio.to_thread(check, "tell me of tea and bread", guard=bank)).verdict == decision.verdict
+    always = AskOptions(prompt=AskBetween(low=0.0, high=1.0))
+    behind = CascadeGuard(guard, bank, CascadeConfig(first="-", second="-", ask=always))
+    assert (await behind.judge(safe)).severity is Severity.UNSAFE
 
     async def pieces() -> AsyncIterator[str]:
         yield "of course tea "

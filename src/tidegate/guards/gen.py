@@ -27,7 +27,10 @@ from tidegate.engine.worker import Padding, Work, Worker, answers_of
 from tidegate.errors import GuardError, GuardUnavailable, InputError, SessionClosed, UnreadableVerdict
 from tidegate.guards.rejudged import RejudgedSession
 from tidegate.guards.session import OpenSessions
-from tidegate.model.scoring import GenModel, Scores
+from tidegate.model.answers import Scores
+from tidegate.model.onnx_backbone import is_export
+from tidegate.model.onnx_scoring import OnnxGenModel
+from tidegate.model.scoring import GenModel
 from tidegate.prompts import NONE, OFFICIAL, Form, LineKind, reason_form, texts_to_judge
 from tidegate.types import Channel, Conversation, Probabilities, Severity, Target, Verdict, worst
 
@@ -51,7 +54,7 @@ class GenGuard:
     An answer that is still being written is judged again and again, whole: a Stream guard is made for that.
 
     Args:
-        name: a folder, or the name of a repository on the hub, which is then fetched.
+        name: a folder, also one of ``tidegate export``, or the name of a repository on the hub, which is then fetched.
         thinking: whether an assistant's reasoning and tool calls are judged ``apart`` from the answer, where the worst
             verdict counts, or ``together`` with it as one text.
         forms: what the model is asked about each target; None for what its config says.
@@ -82,7 +85,7 @@ class GenGuard:
         adapters: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> None:
         folders = {adapter: Path(folder) for adapter, folder in adapters.items()}
-        model = GenModel.load(name, dtype=dtype, device=device, adapters=folders)
+        model = _load(name, dtype, device, folders, threads)
         settings = _settings(name, model.settings)
         self._name = f"{settings.name or 'gen'}/{settings.version or Path(name).name}"
         self._adapter: str | None = None
@@ -221,9 +224,10 @@ class _Work(Work[Scores]):
 class _Worker(Worker[_Work]):
     """The model and the thread that runs it."""
 
-    def __init__(self, model: GenModel, *, most_waiting: int, threads: int | None) -> None:
-        super().__init__(thread="tidegate-gen", runtime="torch", most_waiting=most_waiting)
-        self._model: GenModel | None = model
+    def __init__(self, model: GenModel | OnnxGenModel, *, most_waiting: int, threads: int | None) -> None:
+        runtime = "torch" if isinstance(model, GenModel) else "ONNX Runtime"
+        super().__init__(thread="tidegate-gen", runtime=runtime, most_waiting=most_waiting)
+        self._model: GenModel | OnnxGenModel | None = model
         self._threads = threads
 
     def submit(self, form: Form, ids: list[int], adapter: str | None) -> asyncio.Future[Scores]:
@@ -265,6 +269,20 @@ class _Worker(Worker[_Work]):
             return True
 
         return joins
+
+
+def _load(
+    name: str, dtype: str | None, device: str, adapters: Mapping[str, Path], threads: int | None
+) -> GenModel | OnnxGenModel:
+    if not is_export(Path(name)):
+        return GenModel.load(name, dtype=dtype, device=device, adapters=adapters)
+    if adapters:
+        raise InputError("an export takes none: merge them into the checkpoint before", where="adapters")
+    if dtype not in (None, "float32"):
+        raise InputError("an export computes in float32", where="dtype")
+    if device != "cpu":
+        raise InputError("an export runs on the CPU", where="device")
+    return OnnxGenModel.load(Path(name), threads=threads)
 
 
 class _Settings(BaseModel):

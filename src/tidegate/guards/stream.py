@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Final
 
 from tidegate.engine.engine import Engine, Handle, Metrics
+from tidegate.engine.onnx_runner import OnnxStream
 from tidegate.engine.scheduler import Limits
 from tidegate.errors import GuardUnavailable, InputError
 from tidegate.guards.edge_config import Reading as HeadReading
 from tidegate.guards.qwen_stream import Qwen3StreamSession, QwenStreamGuard, confirmed, head_readings
 from tidegate.model.loading import checkpoint_folder, load_stream, read_config, use_threads
+from tidegate.model.onnx_backbone import OnnxBackbone, is_export
 from tidegate.model.qwen_template import QwenTemplate
 from tidegate.model.qwen_tokens import QwenTokenizer
 from tidegate.model.stream import Qwen3ForGuardModel
@@ -33,7 +35,8 @@ class Qwen3StreamGuard(QwenStreamGuard):
     Usable from several event loops at once.
 
     Args:
-        source: a folder in the released layout, or the name of a repository on the hub, which is then fetched.
+        source: a folder in the released layout, or one of ``tidegate export``, or the name of a repository on the hub,
+            which is then fetched.
         dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` for that of the checkpoint.
         device: where to compute, as ``cpu`` or ``cuda:1``.
         revision: commit, branch or tag on the hub; None for its main branch. Not for folders.
@@ -66,9 +69,11 @@ class Qwen3StreamGuard(QwenStreamGuard):
         self._name = f"stream/{Path(source).name}"
         self._readings = _read_labels(folder, custom)
         self._template = _read_template(folder)
-        if threads is not None:
+        model = (
+            _load_export(folder, dtype, device, threads) if is_export(folder) else _load(folder, dtype, device, custom)
+        )
+        if threads is not None and not is_export(folder):
             use_threads(threads)
-        model = _load(folder, dtype, device, custom)
         self._window = min(int(model.config.max_position_embeddings), positions)
         _check_vocabulary(folder, self._template.tokenizer, int(model.config.vocab_size))
         self._engine = Engine(
@@ -129,6 +134,14 @@ def _read_template(folder: Path) -> QwenTemplate:
         return QwenTemplate(QwenTokenizer.load(folder / "tokenizer.json"))
     except GuardUnavailable as error:
         raise GuardUnavailable(f"the tokenizer of {folder} cannot be used: {error}") from error
+
+
+def _load_export(folder: Path, dtype: str, device: str, threads: int | None) -> OnnxStream:
+    if dtype not in ("auto", "float32"):
+        raise InputError("an export computes in float32", where="dtype")
+    if device != "cpu":
+        raise InputError("an export runs on the CPU", where="device")
+    return OnnxStream(OnnxBackbone(folder, threads=threads))
 
 
 def _load(folder: Path, dtype: str, device: str, custom: Collection[str]) -> Qwen3ForGuardModel:

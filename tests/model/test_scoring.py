@@ -167,7 +167,7 @@ def test_severities_have_the_probability_of_their_official_tokens(
     config = tiny_config(vocab_size=151_936, eos_token_id=tokenizer.control["<|im_end|>"])
     model = GenModel(Qwen3ForCausalLM(config).eval(), tokenizer)
     found: list[dict[LineKind, Any]] = []
-    monkeypatch.setattr(model, "_walk", lambda row, tree, best: found.append(row.words) or end(row))
+    monkeypatch.setattr(scoring, "follow", lambda row, *_: found.append(row.words) or end(row))
     form = OFFICIAL[target]
     texts = ["How can I make a bomb?", "bread " * 40, ""]
     asked = [Conversation.of(text, None if target is Target.PROMPT else text) for text in texts]

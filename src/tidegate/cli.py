@@ -14,12 +14,14 @@ import copy
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO, get_args
 
 import typer
 from rich.console import Console
@@ -29,7 +31,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from tidegate import __version__
-from tidegate.errors import GuardUnavailable, InputError, TidegateError
+from tidegate.errors import GuardUnavailable, InputError, StoreError, TidegateError
 from tidegate.settings import Settings, read_settings
 from tidegate.types import Action, Conversation, Decision
 
@@ -85,10 +87,16 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train a guard from a recipe.")
 app.add_typer(train_app, name="train")
+decisions_app = typer.Typer(no_args_is_help=True, help="Kept decisions: export, delete, purge; how the store is.")
+app.add_typer(decisions_app, name="decisions")
 
 GuardOption = Annotated[str | None, typer.Option("--guard", metavar="SPEC", help="Which guard judges; see guards.")]
 PolicyOption = Annotated[
     str | None, typer.Option("--policy", metavar="FILE", help="A preset (strict, balanced, loose) or a policy file.")
+]
+DatabaseOption = Annotated[
+    str | None,
+    typer.Option("--database", metavar="URL", help="Where decisions are.", show_default="sqlite:///tidegate.db"),
 ]
 HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on.", show_default="127.0.0.1")]
 
@@ -424,13 +432,12 @@ _DEMO_SHUTDOWN: Final = 2
 def _serve(settings: Settings, *, demo: bool) -> None:
     from tidegate.guards import load_guard
     from tidegate.policy import load_policy
-    from tidegate.store import open_store
 
     policy = load_policy(settings.policy)
     guard = load_guard(settings.guard)
     with (
         _listening(settings.host, settings.port, settings.client_timeout) as socket,
-        open_store(settings.database_url) as store,
+        _open_store(settings) as store,
     ):
         application = _application(settings, guard, policy, store, demo=demo)
         address = _address(socket)
@@ -577,6 +584,132 @@ def _server_config(application: Starlette, shutdown_timeout: float, log_level: s
         timeout_graceful_shutdown=max(1, round(shutdown_timeout)),
         server_header=False,
     )
+
+
+# --- kept decisions -----------------------------------------------------------------------------------------------
+
+
+@decisions_app.command("export")
+def export_decisions(
+    out: Annotated[Path | None, typer.Option(help="A .jsonl or .parquet file; without it, JSONL on stdout.")] = None,
+    since: Annotated[str | None, typer.Option(metavar="TIME", help="From then on: 7d, 12h, 2026-11-21T08:00Z.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="TIME", help="From before then.")] = None,
+    action: Annotated[str | None, typer.Option(help="Only those with this action.")] = None,
+    subject: Annotated[str | None, typer.Option(metavar="ID", help="Only those about this subject.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose subject it is.")] = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Write kept decisions as JSONL or Parquet, oldest first."""
+    from tidegate.store.export import write_jsonl
+
+    with _kept(database) as store:
+        decisions = store.history(
+            since=_time(since, "since"),
+            until=_time(until, "until"),
+            action=None if action is None else _action(action),
+            subject=subject,
+            tenant=tenant,
+        )
+        if out is None:
+            write_jsonl(decisions, sys.stdout)
+            return
+        if out.suffix == ".parquet":
+            count = _from_extra("parquet", "tidegate.store.parquet", "write_parquet")(decisions, out)
+        elif out.suffix == ".jsonl":
+            with out.open("w", encoding="ascii") as file:
+                count = write_jsonl(decisions, file)
+        else:
+            raise InputError("expected a name that ends with .jsonl or .parquet", where=str(out))
+    _say(f"{count:,} decisions: {out}")
+
+
+@decisions_app.command("delete")
+def delete_decisions(
+    subject: Annotated[str, typer.Option(metavar="ID", help="Whose decisions, as the client named them.")],
+    tenant: Annotated[str | None, typer.Option(help="Whose subject it is.")] = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Delete every decision about a subject, for good. That it was done stays written down."""
+    with _kept(database) as store:
+        store.replay()
+        _print_json({"deleted": store.delete_subject(subject, tenant)})
+
+
+@decisions_app.command("purge")
+def purge_decisions(
+    older_than: Annotated[str, typer.Option(metavar="TIME", help="From before then: 90d, or 2026-11-21T08:00Z.")],
+    retention: Annotated[str | None, typer.Option(help="Only those kept so: full, redacted or hash.")] = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Delete every decision that is too old, for good. That it was done stays written down."""
+    from tidegate.policy import Retention
+
+    kinds: tuple[Retention, ...] = get_args(Retention)
+    if retention is not None and retention not in kinds:
+        raise InputError(f"expected one of {', '.join(kinds)}", where="retention")
+    before = _time(older_than, "older-than")
+    with _kept(database) as store:
+        if before is not None:
+            kind = next((kind for kind in kinds if kind == retention), None)
+            _print_json({"deleted": store.purge(before, retention=kind)})
+
+
+@decisions_app.command("status")
+def decisions_status(database: DatabaseOption = None) -> None:
+    """Replay what waits in the spool, then say how many decisions there are, and what still waits."""
+    with _kept(database) as store:
+        with contextlib.suppress(StoreError):  # the state says why
+            store.replay()
+        state = store.state()
+        counts = asyncio.run(store.counts()) if state.up else {}
+        figures = {"up": state.up, "reason": state.reason, "spool_bytes": state.spool_bytes}
+        _print_json({**figures, "decisions": {action.word: number for action, number in counts.items()}})
+    if not state.up:
+        raise typer.Exit(WRONG)
+
+
+def _open_store(settings: Settings) -> Store:
+    from tidegate.store import open_store
+
+    key = None if settings.fingerprint_key is None else bytes.fromhex(settings.fingerprint_key.get_secret_value())
+    return open_store(
+        settings.database_url,
+        spool=settings.spool,
+        spool_bytes=settings.spool_bytes,
+        key=key,
+        keep_days=settings.keep_days,
+    )
+
+
+def _kept(database: str | None) -> Store:
+    """The store of the settings, which must be there already; nothing in it is purged by the way."""
+    settings = read_settings(database_url=database)
+    before, in_file, path = settings.database_url.partition("sqlite:///")
+    if not before and in_file and not Path(path).is_file():
+        raise InputError("there is no such database", where=path)
+    return _open_store(settings.model_copy(update={"keep_days": None}))
+
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def _time(given: str | None, where: str) -> datetime | None:
+    """A time, or how long ago: ``7d``. One without a zone is of this machine's."""
+    if given is None:
+        return None
+    if (ago := re.fullmatch(r"(\d{1,6})([smhdw])", given)) is not None:
+        return datetime.now(UTC) - timedelta(seconds=int(ago[1]) * _UNITS[ago[2]])
+    try:
+        return datetime.fromisoformat(given).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise InputError("expected how long ago, as 7d or 12h, or a time, as 2026-11-21T08:00Z", where=where) from None
+
+
+def _action(word: str) -> Action:
+    try:
+        return Action.parse(word)
+    except ValueError as error:
+        raise InputError(str(error), where="action") from None
 
 
 # --- measure, train, export ---------------------------------------------------------------------------------------

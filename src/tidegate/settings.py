@@ -2,13 +2,14 @@
 
 Every setting is an environment variable ``TIDEGATE_<NAME>``, or a keyword of `read_settings` (which is what a command
 line option becomes). A ``TIDEGATE_`` variable that is not a setting is an error, because it is nearly always a typing
-mistake in one that is. The secret may also come from a file: ``TIDEGATE_UPSTREAM_KEY_FILE=/run/secrets/key``.
+mistake in one that is. Secrets may also come from files: ``TIDEGATE_UPSTREAM_KEY_FILE=/run/secrets/key``.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -21,9 +22,12 @@ from tidegate.errors import SettingsError
 __all__ = ["PREFIX", "Settings", "read_settings"]
 
 PREFIX: Final = "TIDEGATE_"
-_SECRETS: Final = ("upstream_key",)
+_SECRETS: Final = ("upstream_key", "fingerprint_key")
+_IN_FILES: Final = (*_SECRETS, "database_url")
+_UNSET_WHEN_EMPTY: Final = (*_SECRETS, "upstream_url", "spool", "keep_days")
 _HIDDEN: Final = (*_SECRETS, "database_url", "upstream_url")
 """Settings whose value never appears in an error message: they are secret or may contain a password."""
+_KEY: Final = re.compile("[0-9A-Fa-f]{64}")
 _LONGEST_SECRET_FILE: Final = 64 * 1024
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -47,7 +51,15 @@ class Settings(BaseModel):
     policy: Annotated[str, Field(min_length=1)] = "balanced"
     """A preset's name or the path of a policy file."""
     database_url: Annotated[str, Field(min_length=1, repr=False)] = "sqlite:///tidegate.db"
-    """Where decisions are kept, as SQLAlchemy writes it; ``sqlite://`` keeps them in memory only."""
+    """Where decisions are kept: ``sqlite:///file.db``, ``sqlite://`` (in memory only), ``postgresql://...``."""
+    spool: Path | None = None
+    """Folder where decisions wait while the database is down; None for one beside the database."""
+    spool_bytes: Annotated[int, Field(ge=0)] = 256 * 1024 * 1024
+    """The most that the spool may hold, in bytes; 0 for no spool."""
+    fingerprint_key: SecretStr | None = None
+    """Key of the fingerprints, as 64 hexadecimal digits; None for one in a file that is made when there is none."""
+    keep_days: Annotated[float | None, Field(gt=0, le=36_525)] = None
+    """How old kept decisions may become, in days; None for any age."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 2 * 1024 * 1024
     """Longest request body that is read, in bytes."""
     guard_timeout: Seconds = 30.0
@@ -88,6 +100,13 @@ class Settings(BaseModel):
             raise ValueError("a base URL has no ?query and no #fragment")
         return value.rstrip("/")
 
+    @field_validator("fingerprint_key")
+    @classmethod
+    def _of_digits(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not _KEY.fullmatch(value.get_secret_value()):
+            raise ValueError("expected 64 hexadecimal digits, as `openssl rand -hex 32` prints them")
+        return value
+
     @field_validator("upstream_key")
     @classmethod
     def _header_safe(cls, value: SecretStr | None) -> SecretStr | None:
@@ -120,7 +139,7 @@ def read_settings(environment: Mapping[str, str] | None = None, **given: Any) ->
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     known = {f"{PREFIX}{name.upper()}": name for name in Settings.model_fields}
-    files = {f"{PREFIX}{name.upper()}_FILE": name for name in _SECRETS}
+    files = {f"{PREFIX}{name.upper()}_FILE": name for name in _IN_FILES}
     values: dict[str, Any] = {}
     for variable in sorted(environment):
         if not variable.startswith(PREFIX):
@@ -133,7 +152,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             values[files[variable]] = _secret_from(environment[variable], variable)
         else:
             raise SettingsError(f"unknown setting{_nearest(variable, (*known, *files))}", where=variable)
-    return {name: value for name, value in values.items() if value != "" or name not in ("upstream_url", *_SECRETS)}
+    return {name: value for name, value in values.items() if value != "" or name not in _UNSET_WHEN_EMPTY}
 
 
 def _secret_from(path: str, variable: str) -> str:

@@ -1,26 +1,20 @@
+"""What the store promises on both databases."""
+
 from __future__ import annotations
 
 import asyncio
 import gc
-import multiprocessing
-import sqlite3
-import stat
-import subprocess
-import sys
 import threading
-from collections import Counter
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kept import TALK, Place, decision
 from tidegate.errors import StoreError
-from tidegate.policy import Retention
-from tidegate.store import Store, open_store
-from tidegate.store.database import SCHEMA_VERSION
+from tidegate.store import Store
 from tidegate.types import (
     CATEGORIES,
     Action,
@@ -31,6 +25,7 @@ from tidegate.types import (
     CoverageState,
     Decision,
     GuardFailure,
+    Observed,
     Probabilities,
     Role,
     Scope,
@@ -41,23 +36,6 @@ from tidegate.types import (
     Turn,
     Verdict,
 )
-
-TALK = Conversation.of("my address is ann@example.org", "noted")
-
-
-def decision(action: Action = Action.ALLOW, **changes: Any) -> Decision:
-    verdict = Verdict(Target.PROMPT, Severity.SAFE, Probabilities(0.9, 0.06, 0.04), guard="fake/1")
-    return Decision(action, "otherwise", "balanced", "0123456789ab", **({"verdict": verdict} | changes))
-
-
-def url_of(path: Path) -> str:
-    return f"sqlite:///{path}"
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "kept.db"
-
 
 # --- what is kept comes back --------------------------------------------------------------------------------------
 
@@ -73,7 +51,7 @@ conversations = st.lists(turns, min_size=1, max_size=3).map(lambda found: Conver
 probabilities = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(
     lambda pair: Probabilities(1 - max(pair), max(pair) - min(pair), min(pair))
 )
-plain = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=20)
 verdicts = st.builds(
     Verdict,
     st.sampled_from(Target),
@@ -87,6 +65,9 @@ verdicts = st.builds(
     plain,
 )
 failures = st.builds(GuardFailure, plain, plain, plain)
+observations = st.builds(
+    Observed, st.sampled_from(Action), plain, st.lists(st.sampled_from(Advice), unique=True).map(tuple)
+)
 scopes = st.builds(Scope, *[st.none() | texts] * 4)
 coverages = st.builds(Coverage, texts, st.sampled_from(Channel), st.sampled_from(CoverageState), st.integers(0, 10_000))
 
@@ -104,11 +85,12 @@ def decisions(draw: st.DrawFn) -> Decision:
         scope=draw(scopes),
         coverage=tuple(draw(st.lists(coverages, max_size=3))),
         advice=tuple(draw(st.lists(st.sampled_from(Advice), unique=True))),
+        observed=draw(st.none() | observations),
     )
 
 
-def test_what_is_kept_in_full_comes_back_equal() -> None:
-    with open_store("sqlite://") as store, asyncio.Runner() as runner:
+def test_what_is_kept_in_full_comes_back_equal(place: Place) -> None:
+    with place.open() as store, asyncio.Runner() as runner:
 
         async def keep_and_read(given_decision: Decision, conversation: Conversation) -> None:
             kept = await store.decision(await store.keep(given_decision, conversation, retention="full"))
@@ -125,99 +107,6 @@ def test_what_is_kept_in_full_comes_back_equal() -> None:
         check()
 
 
-async def test_the_time_is_utc_and_when_it_was_kept(file: Path) -> None:
-    before = datetime.now(UTC)
-    with open_store(url_of(file)) as store:
-        kept = await store.decision(await store.keep(decision(), TALK, retention="full"))
-
-    assert kept is not None
-    assert before <= kept.time <= datetime.now(UTC)
-    assert kept.time.utcoffset() == timedelta(0)
-
-
-async def test_a_decision_without_a_conversation_is_kept_too(file: Path) -> None:
-    with open_store(url_of(file)) as store:
-        kept = await store.decision(await store.keep(decision(), None, retention="hash"))
-
-    assert kept is not None
-    assert (kept.conversation, kept.fingerprint) == (None, None)
-
-
-async def test_what_was_kept_is_there_after_opening_again(file: Path) -> None:
-    with open_store(url_of(file)) as store:
-        identity = await store.keep(decision(), TALK, retention="full")
-    with open_store(url_of(file)) as store:
-        kept = await store.decision(identity)
-
-    assert kept is not None
-    assert kept.conversation == TALK
-
-
-# --- retention ----------------------------------------------------------------------------------------------------
-
-
-def everything_in(folder: Path) -> bytes:
-    return b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
-
-
-async def keep_and_read_disk(folder: Path, retention: Retention) -> bytes:
-    verdict = Verdict(
-        Target.RESPONSE, Severity.UNSAFE, Probabilities(0, 0, 1), reason="it names ann@example.org and plumtree"
-    )
-    talk = Conversation.of("my address is ann@example.org, plumtree", "noted: ann@example.org, plumtree")
-    with open_store(url_of(folder / "kept.db")) as store:
-        await store.keep(decision(verdict=verdict), talk, retention=retention)
-    return everything_in(folder)
-
-
-async def test_full_keeps_the_text(tmp_path: Path) -> None:
-    assert b"ann@example.org" in await keep_and_read_disk(tmp_path, "full")
-
-
-async def test_redacted_keeps_the_text_without_what_looks_personal(tmp_path: Path) -> None:
-    disk = await keep_and_read_disk(tmp_path, "redacted")
-
-    assert b"ann@" not in disk
-    assert b"plumtree" in disk
-
-
-async def test_hash_keeps_no_word_of_the_text_nor_of_the_guards_explanation(tmp_path: Path) -> None:
-    disk = await keep_and_read_disk(tmp_path, "hash")
-
-    assert b"ann@" not in disk
-    assert b"plumtree" not in disk
-    assert b"hmac-sha256:" in disk
-
-
-async def test_the_same_text_has_the_same_fingerprint_and_another_text_or_installation_another(tmp_path: Path) -> None:
-    async def fingerprint(store: Store, text: str) -> str | None:
-        kept = await store.decision(await store.keep(decision(), Conversation.of(text), retention="hash"))
-        assert kept is not None
-        return kept.fingerprint
-
-    with open_store(url_of(tmp_path / "a.db")) as store:
-        first = await fingerprint(store, "Ein  STRASSE")
-        other = await fingerprint(store, "two")
-    with open_store(url_of(tmp_path / "a.db")) as store:
-        again = await fingerprint(store, "ein straße ")
-    with open_store(url_of(tmp_path / "b.db")) as store:
-        elsewhere = await fingerprint(store, "Ein  STRASSE")
-
-    assert first == again
-    assert len({first, other, elsewhere}) == 3
-
-
-async def test_an_unknown_retention_is_refused(file: Path) -> None:
-    with open_store(url_of(file)) as store, pytest.raises(ValueError, match="expected one of full, redacted, hash"):
-        await store.keep(decision(), TALK, retention="forever")  # type: ignore[arg-type]
-
-
-def test_new_files_are_readable_by_their_owner_only(file: Path) -> None:
-    with open_store(url_of(file)):
-        for path in file.parent.iterdir():
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path.name
-
-
 # --- append-only --------------------------------------------------------------------------------------------------
 
 
@@ -225,31 +114,95 @@ def test_new_files_are_readable_by_their_owner_only(file: Path) -> None:
     "statement",
     [
         "UPDATE decisions SET action = 'allow'",
+        "UPDATE decisions SET subject = NULL",
         "DELETE FROM decisions",
-        "INSERT OR REPLACE INTO decisions SELECT * FROM decisions",
-        """REPLACE INTO decisions (id, time, action, rule, policy, policy_version, advice, guard, severity, scope,
-        coverage, retention) SELECT id, time, 'allow', rule, policy, policy_version, advice, guard, severity, scope,
-        coverage, retention FROM decisions""",
+        "INSERT INTO decisions SELECT * FROM decisions WHERE true ON CONFLICT (id) DO UPDATE SET action = 'allow'",
     ],
 )
-async def test_a_kept_decision_can_be_neither_changed_nor_deleted_nor_replaced(file: Path, statement: str) -> None:
-    with open_store(url_of(file)) as store:
+async def test_a_kept_decision_can_be_neither_changed_nor_deleted_nor_replaced(place: Place, statement: str) -> None:
+    with place.open() as store:
         await store.keep(decision(Action.BLOCK), TALK, retention="full")
 
-    connection = sqlite3.connect(file)
-    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-        connection.execute(statement)
-    connection.close()
+        with pytest.raises(sa.exc.IntegrityError, match=r"append-only|UNIQUE|unique"):
+            place.run(statement)
 
-    with open_store(url_of(file)) as store:
         assert (await store.counts())[Action.BLOCK] == 1
 
 
-# --- questions ----------------------------------------------------------------------------------------------------
+async def test_in_postgresql_all_of_a_table_cannot_be_emptied_at_once(place: Place) -> None:
+    if not place.in_postgresql:
+        pytest.skip("SQLite has no TRUNCATE")
+    with place.open() as store:
+        await store.keep(decision(Action.BLOCK), TALK, retention="full")
+        for table in ("decisions", "deletions"):
+            with pytest.raises(sa.exc.IntegrityError, match="append-only"):
+                place.run(f"TRUNCATE {table}")
+
+        assert (await store.counts())[Action.BLOCK] == 1
 
 
-async def test_recent_decisions_come_newest_first_in_pages_and_by_action(file: Path) -> None:
-    with open_store(url_of(file)) as store:
+# --- many at once and questions -----------------------------------------------------------------------------------
+
+
+async def test_a_keep_that_need_not_wait_is_written_all_the_same(place: Place) -> None:
+    with place.open() as store:
+        identity = await store.keep(decision(), TALK, retention="full", wait=False)
+    with place.open() as store:
+        kept = await store.decision(identity)
+
+    assert kept is not None
+    assert kept.conversation == TALK
+
+
+async def test_one_row_that_the_database_refuses_does_not_cost_its_neighbours_nor_go_to_the_spool(place: Place) -> None:
+    impossible = decision()
+    object.__setattr__(impossible, "verdict", None)  # neither verdict nor failure: the constructor would refuse
+
+    with place.open() as store:
+        keeps = [store.keep(one, TALK, retention="full") for one in (decision(), decision(), impossible, decision())]
+        results = await asyncio.gather(*keeps, return_exceptions=True)
+
+        assert [isinstance(result, StoreError) for result in results] == [False, False, True, False]
+        assert "ann@" not in str(results[2])
+        assert (await store.counts())[Action.ALLOW] == 3
+        assert store.state().num_spooled == 0
+
+
+async def test_the_time_is_utc_and_when_it_was_kept(place: Place) -> None:
+    before = datetime.now(UTC)
+    with place.open() as store:
+        kept = await store.decision(await store.keep(decision(), TALK, retention="full"))
+
+    assert kept is not None
+    assert before <= kept.time <= datetime.now(UTC)
+    assert kept.time.utcoffset() == timedelta(0)
+
+
+async def test_a_decision_without_a_conversation_is_kept_too(place: Place) -> None:
+    with place.open() as store:
+        kept = await store.decision(await store.keep(decision(), None, retention="hash"))
+
+    assert kept is not None
+    assert (kept.conversation, kept.fingerprint) == (None, None)
+
+
+async def test_what_was_kept_is_there_after_opening_again(place: Place) -> None:
+    with place.open() as store:
+        identity = await store.keep(decision(), TALK, retention="full")
+    with place.open() as store:
+        kept = await store.decision(identity)
+
+    assert kept is not None
+    assert kept.conversation == TALK
+
+
+async def test_an_unknown_retention_is_refused(place: Place) -> None:
+    with place.open() as store, pytest.raises(ValueError, match="expected one of full, redacted, hash"):
+        await store.keep(decision(), TALK, retention="forever")  # type: ignore[arg-type]
+
+
+async def test_recent_decisions_come_newest_first_in_pages_and_by_action(place: Place) -> None:
+    with place.open() as store:
         identities = [await store.keep(decision(action), TALK, retention="hash") for action in (*Action, Action.BLOCK)]
 
         first = await store.decisions(limit=4)
@@ -260,8 +213,8 @@ async def test_recent_decisions_come_newest_first_in_pages_and_by_action(file: P
     assert [kept.id for kept in blocked] == identities[:-3:-1]
 
 
-async def test_counts_name_every_action_and_go_back_to_a_time(file: Path) -> None:
-    with open_store(url_of(file)) as store:
+async def test_counts_name_every_action_and_go_back_to_a_time(place: Place) -> None:
+    with place.open() as store:
         await store.keep(decision(Action.BLOCK), TALK, retention="hash")
         await store.keep(decision(Action.ALLOW), TALK, retention="hash")
         counts = await store.counts()
@@ -273,52 +226,35 @@ async def test_counts_name_every_action_and_go_back_to_a_time(file: Path) -> Non
     assert later == dict.fromkeys(Action, 0)
 
 
-async def test_an_unknown_id_gives_nothing(file: Path) -> None:
-    with open_store(url_of(file)) as store:
+async def test_an_unknown_id_gives_nothing(place: Place) -> None:
+    with place.open() as store:
         assert await store.decision("dec_none") is None
         assert await store.decision("\ud800") is None
         assert await store.decisions(before="dec_none") == []
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1001])
-async def test_a_limit_out_of_range_is_refused(file: Path, limit: int) -> None:
-    with open_store(url_of(file)) as store, pytest.raises(ValueError, match="from 1 to 1000"):
+async def test_a_limit_out_of_range_is_refused(place: Place, limit: int) -> None:
+    with place.open() as store, pytest.raises(ValueError, match="from 1 to 1000"):
         await store.decisions(limit=limit)
 
 
-# --- many at once -------------------------------------------------------------------------------------------------
-
-
-async def test_many_keeps_at_once_share_commits_and_all_are_kept(file: Path) -> None:
-    with open_store(url_of(file)) as store:
-        with store._database.writing():  # hold the write lock, so that the keeps pile up behind it
-            keeps = [asyncio.create_task(store.keep(decision(), TALK, retention="full")) for _ in range(200)]
-            await asyncio.sleep(0)
-        identities = await asyncio.gather(*keeps)
-
-        kept = await store.decisions(limit=1000)
-
-    assert {one.id for one in kept} == set(identities)
-    assert len(identities) == len(set(identities)) == 200
-    assert store._writer.num_commits <= 3
-
-
-async def test_a_keep_that_is_cancelled_is_still_carried_out(file: Path) -> None:
-    with open_store(url_of(file)) as store, store._database.writing():
+async def test_a_keep_that_is_cancelled_is_still_carried_out(place: Place) -> None:
+    with place.open() as store, store._database.writing():
         task = asyncio.create_task(store.keep(decision(Action.BLOCK), TALK, retention="full"))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    with open_store(url_of(file)) as store:
+    with place.open() as store:
         assert (await store.counts())[Action.BLOCK] == 1
 
 
-def test_threads_with_their_own_event_loops_share_a_store(file: Path) -> None:
+def test_threads_with_their_own_event_loops_share_a_store(place: Place) -> None:
     async def keep_some(store: Store) -> None:
         await asyncio.gather(*(store.keep(decision(), TALK, retention="redacted") for _ in range(25)))
 
-    with open_store(url_of(file)) as store:
+    with place.open() as store:
         threads = [threading.Thread(target=lambda: asyncio.run(keep_some(store))) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -328,68 +264,8 @@ def test_threads_with_their_own_event_loops_share_a_store(file: Path) -> None:
         assert asyncio.run(store.counts())[Action.ALLOW] == 100
 
 
-def _keep_in_process(url: str, start: Any, name: str, number: int) -> None:
-    async def run() -> None:
-        start.wait()
-        with open_store(url) as store:
-            for _ in range(number):
-                await store.keep(decision(scope=Scope(tenant=name)), TALK, retention="hash")
-
-    asyncio.run(run())
-
-
-async def test_processes_that_open_and_write_the_same_file_at_once_lose_nothing(file: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    start = context.Barrier(3)
-    processes = [
-        context.Process(target=_keep_in_process, args=(url_of(file), start, f"tenant-{i}", 40)) for i in range(3)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        await asyncio.to_thread(process.join, 120)
-
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    with open_store(url_of(file)) as store:
-        kept = await store.decisions(limit=1000)
-    assert Counter(one.decision.scope.tenant for one in kept) == {f"tenant-{i}": 40 for i in range(3)}
-    assert len({one.fingerprint for one in kept}) == 1  # they agreed on one key
-    assert sorted(path.name for path in file.parent.iterdir()) == ["kept.db", "kept.db.key"]
-
-
-def test_a_new_file_that_another_program_is_writing_is_waited_for(file: Path) -> None:
-    other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
-    other.execute("BEGIN IMMEDIATE")
-    release = threading.Timer(0.3, other.rollback)
-    release.start()
-    with open_store(url_of(file)) as store:
-        assert asyncio.run(store.counts())[Action.ALLOW] == 0
-    release.join()
-    other.close()
-
-
-async def test_one_row_that_the_database_refuses_does_not_cost_its_neighbours(file: Path) -> None:
-    impossible = decision()
-    object.__setattr__(impossible, "verdict", None)  # neither verdict nor failure: the constructor would refuse
-
-    with open_store(url_of(file)) as store:
-        with store._database.writing():
-            keeps = [
-                asyncio.create_task(store.keep(one, TALK, retention="full"))
-                for one in (decision(), decision(), impossible, decision())
-            ]
-            await asyncio.sleep(0)
-        results = await asyncio.gather(*keeps, return_exceptions=True)
-
-        assert [isinstance(result, StoreError) for result in results] == [False, False, True, False]
-        assert (await store.counts())[Action.ALLOW] == 3
-
-
-# --- opening and closing ------------------------------------------------------------------------------------------
-
-
-async def test_closing_writes_what_is_waiting_and_may_happen_twice(file: Path) -> None:
-    store = open_store(url_of(file))
+async def test_closing_writes_what_is_waiting_and_may_happen_twice(place: Place) -> None:
+    store = place.open()
     with store._database.writing():
         keeps = [asyncio.create_task(store.keep(decision(), TALK, retention="full")) for _ in range(50)]
         await asyncio.sleep(0)
@@ -397,12 +273,12 @@ async def test_closing_writes_what_is_waiting_and_may_happen_twice(file: Path) -
     store.close()
 
     assert len(set(await asyncio.gather(*keeps))) == 50
-    with open_store(url_of(file)) as store:
+    with place.open() as store:
         assert (await store.counts())[Action.ALLOW] == 50
 
 
-async def test_a_closed_store_refuses_with_a_clear_error(file: Path) -> None:
-    store = open_store(url_of(file))
+async def test_a_closed_store_refuses_with_a_clear_error(place: Place) -> None:
+    store = place.open()
     store.close()
 
     with pytest.raises(StoreError, match="the store is closed"):
@@ -411,123 +287,10 @@ async def test_a_closed_store_refuses_with_a_clear_error(file: Path) -> None:
         await store.decisions()
 
 
-def test_a_forgotten_store_gives_its_thread_back(file: Path) -> None:
-    store = open_store(url_of(file))
+def test_a_forgotten_store_gives_its_thread_back(place: Place) -> None:
+    store = place.open()
     thread = store._writer._thread
     del store
     gc.collect()
 
     assert not thread.is_alive()
-
-
-def test_a_store_that_nobody_closes_is_flushed_when_the_interpreter_ends(file: Path) -> None:
-    program = f"""
-import asyncio
-from tidegate.store import open_store
-from tidegate.types import *
-
-store = open_store({url_of(file)!r})
-verdict = Verdict(Target.PROMPT, Severity.SAFE, Probabilities(1, 0, 0))
-
-async def main():
-    asyncio.create_task(store.keep(Decision(Action.ALLOW, "r", "p", "v", verdict=verdict), None, retention="hash"))
-    await asyncio.sleep(0)
-
-asyncio.run(main())
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-
-    with open_store(url_of(file)) as store:
-        assert asyncio.run(store.counts())[Action.ALLOW] == 1
-
-
-def test_a_newer_schema_is_refused_and_left_as_it_is(file: Path) -> None:
-    open_store(url_of(file)).close()
-    connection = sqlite3.connect(file)
-    connection.execute("INSERT INTO tidegate_schema VALUES (?)", (SCHEMA_VERSION + 1,))
-    connection.commit()
-    connection.close()
-
-    with pytest.raises(StoreError, match=rf"schema version {SCHEMA_VERSION + 1}.*update Tidegate"):
-        open_store(url_of(file))
-
-
-def test_the_schema_version_is_recorded(file: Path) -> None:
-    open_store(url_of(file)).close()
-    connection = sqlite3.connect(file)
-
-    assert connection.execute("SELECT version FROM tidegate_schema").fetchall() == [(SCHEMA_VERSION,)]
-    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    connection.close()
-
-
-def test_another_programs_database_is_refused_and_left_as_it_is(file: Path) -> None:
-    connection = sqlite3.connect(file)
-    connection.execute("CREATE TABLE theirs (x)")
-    connection.close()
-
-    with pytest.raises(StoreError, match="another program"):
-        open_store(url_of(file))
-
-    connection = sqlite3.connect(file)
-    assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("theirs",)]
-    connection.close()
-
-
-def test_a_file_that_is_no_database_is_refused(file: Path) -> None:
-    file.write_text("a shopping list, and quite a long one\n" * 100, encoding="utf-8")
-
-    with pytest.raises(StoreError, match="not a database"):
-        open_store(url_of(file))
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("postgresql://u:hunter2@db/x", "not supported"),
-        ("sqlite+aiosqlite:///x.db", "not supported"),
-        ("kept.db", "cannot be read"),
-        ("", "cannot be read"),
-        ("sqlite:///x.db?mode=ro", "no \\?options"),
-    ],
-)
-def test_a_url_that_is_not_one_for_sqlite_is_refused_without_its_password(url: str, expected: str) -> None:
-    with pytest.raises(StoreError, match=expected) as caught:
-        open_store(url)
-
-    assert "hunter2" not in str(caught.value)
-
-
-def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="nowhere does not exist"):
-        open_store(url_of(tmp_path / "nowhere" / "kept.db"))
-
-
-def test_a_key_file_that_holds_no_key_is_refused(file: Path) -> None:
-    file.with_name("kept.db.key").write_text("nonsense", encoding="ascii")
-
-    with pytest.raises(StoreError, match=r"kept\.db\.key"):
-        open_store(url_of(file))
-
-
-async def test_a_write_that_fails_is_a_store_error_without_any_of_the_text(file: Path) -> None:
-    with open_store(url_of(file)) as store:
-        connection = sqlite3.connect(file)
-        connection.execute("ALTER TABLE decisions RENAME TO gone")
-        connection.close()
-
-        with pytest.raises(StoreError, match="no such table") as caught:
-            await store.keep(decision(), TALK, retention="full")
-
-    assert "ann@" not in str(caught.value)
-    assert caught.value.__cause__ is None
-
-
-async def test_without_a_file_decisions_live_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with open_store("sqlite://") as store:
-        await asyncio.gather(*(store.keep(decision(), TALK, retention="hash") for _ in range(10)))
-        counts = await store.counts()
-
-    assert counts[Action.ALLOW] == 10
-    assert not any(tmp_path.iterdir())  # noqa: ASYNC240

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,15 +18,21 @@ import sqlalchemy as sa
 
 from tidegate.errors import StoreError
 from tidegate.policy import Retention
-from tidegate.store.database import Database, Row, Writer, decisions_table
+from tidegate.store import deletions
+from tidegate.store.database import Database, DatabaseDown
 from tidegate.store.retention import (
     conversation_from_json,
     conversation_to_json,
     fingerprint,
+    key_name,
     load_key,
     redact,
     redact_conversation,
+    subject_fingerprint,
 )
+from tidegate.store.spool import DEFAULT_BYTES, Spool
+from tidegate.store.tables import Row, decisions_table
+from tidegate.store.writer import StoreState, Upkeep, Writer
 from tidegate.types import (
     Action,
     Advice,
@@ -34,6 +42,7 @@ from tidegate.types import (
     CoverageState,
     Decision,
     GuardFailure,
+    Observed,
     Probabilities,
     Scope,
     Severity,
@@ -46,6 +55,8 @@ __all__ = ["KeptDecision", "Store", "open_store"]
 
 MOST_READ = 1000
 
+_log = logging.getLogger("tidegate.store")
+
 
 @dataclass(frozen=True, slots=True)
 class KeptDecision:
@@ -54,11 +65,13 @@ class KeptDecision:
     Attributes:
         id: given by `Store.keep`.
         time: when it was handed to the store, in UTC.
-        decision: equal to the one that was kept; of its verdict's ``reason`` only what the retention allows.
+        decision: equal to the one that was kept; of its verdict's ``reason`` only what the retention allows, and
+            without the subject of its scope.
         retention: how the text was kept.
         conversation: as it was for ``full``, without what looks personal for ``redacted``; None for ``hash``, or when
             there was none.
         fingerprint: keyed fingerprint of the judged turn for ``hash``, else None; see `tidegate.store.retention`.
+        subject: keyed fingerprint of the subject, None when there was none.
     """
 
     id: str
@@ -67,6 +80,7 @@ class KeptDecision:
     retention: Retention
     conversation: Conversation | None
     fingerprint: str | None
+    subject: str | None = None
 
 
 class Store:
@@ -75,19 +89,39 @@ class Store:
     A store that is forgotten, or open when the interpreter ends, is flushed and closed like one that is closed.
     """
 
-    def __init__(self, database: Database, key: bytes) -> None:
+    def __init__(
+        self,
+        database: Database,
+        key: bytes,
+        spool: Spool | None = None,
+        *,
+        keep_days: float | None = None,
+        reason: str | None = None,
+    ) -> None:
         self._database = database
-        self._writer = Writer(database)
+        self._spool = spool
+        self._writer = Writer(database, spool, reason)
+        self._upkeep = Upkeep(self._writer, database, spool, key_name(key), keep_days)
         self._key = key
-        self._finalizer = weakref.finalize(self, _close, self._writer, database)
+        self._finalizer = weakref.finalize(self, _close, self._writer, self._upkeep, database, spool)
 
-    async def keep(self, decision: Decision, conversation: Conversation | None, *, retention: Retention) -> str:
+    async def keep(
+        self, decision: Decision, conversation: Conversation | None, *, retention: Retention, wait: bool = True
+    ) -> str:
         """Keep a decision, and of the conversation what the retention allows; return its id once it is on disk.
 
-        A keep that is cancelled while it waits is still carried out.
+        On disk is in the database, or in the spool while the database is down. A keep that is cancelled while it waits
+        is still carried out.
+
+        Args:
+            decision: kept whole; of the subject of its scope only a keyed fingerprint.
+            conversation: None when there is none.
+            retention: what is kept of it.
+            wait: False returns before it is on disk: what waits then is lost with the process, and a failure is only
+                logged.
 
         Raises:
-            StoreError: when it could not be kept: the disk is full, the database is locked, the store is closed.
+            StoreError: when it could not be kept: the disk is full, the spool is full, the store is closed.
             ValueError: when the retention is not ``full``, ``redacted`` or ``hash``.
         """
         if retention not in get_args(Retention):
@@ -96,7 +130,10 @@ class Store:
         time = datetime.now(UTC)
         key = self._key
         done = self._writer.write(lambda: _row(identity, time, decision, conversation, retention, key))
-        await asyncio.shield(asyncio.wrap_future(done))
+        if wait:
+            await asyncio.shield(asyncio.wrap_future(done))
+        else:
+            done.add_done_callback(_log_failure)
         return identity
 
     async def decision(self, identity: str) -> KeptDecision | None:
@@ -142,6 +179,88 @@ class Store:
             query = query.where(decisions_table.c.time >= since)
         return await asyncio.to_thread(self._count, query)
 
+    def history(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        action: Action | None = None,
+        subject: str | None = None,
+        tenant: str | None = None,
+    ) -> Iterator[KeptDecision]:
+        """Decisions in the order in which they were written, read in pages; those that are kept meanwhile are not.
+
+        Args:
+            since: only those from this time on; None for all.
+            until: only those from before this time; None for all.
+            action: only those with this action; None for all.
+            subject: only those about this subject; None for all.
+            tenant: whose subject it is; read with ``subject`` only.
+
+        Raises:
+            StoreError: when they cannot be read.
+        """
+        column = decisions_table.c
+        which = [column.time >= since] if since is not None else []
+        which += [column.time < until] if until is not None else []
+        which += [column.action == action.word] if action is not None else []
+        which += [column.subject == subject_fingerprint(subject, tenant, self._key)] if subject is not None else []
+        self._check_open()
+        with self._database.reading() as connection:
+            last = connection.execute(sa.select(sa.func.max(column.number))).scalar() or 0
+        query = sa.select(decisions_table).where(column.number <= last, *which).order_by(column.number).limit(MOST_READ)
+        number = 0
+        while rows := self._rows(query.where(column.number > number)):
+            number = rows[-1]["number"]
+            yield from map(_kept, rows)
+
+    def delete_subject(self, subject: str, tenant: str | None = None) -> int:
+        """Delete every decision about a subject, for good; returns how many. That it was done stays written down.
+
+        Decisions about the subject that wait in the spool of any machine are left out when they are replayed.
+
+        Args:
+            subject: as it was in the scope of the decisions.
+            tenant: as it was beside it; the same subject of another tenant is somebody else.
+
+        Raises:
+            StoreError: when the database is down; what was begun is then finished later.
+        """
+        self._check_open()
+        return deletions.delete_subject(self._database, subject_fingerprint(subject, tenant, self._key))
+
+    def purge(self, before: datetime, *, retention: Retention | None = None) -> int:
+        """Delete every decision from before a time, for good; returns how many. That it was done stays written down.
+
+        Args:
+            before: those that were kept earlier than this go.
+            retention: only those that were kept so; None for all.
+
+        Raises:
+            StoreError: when the database is down; what was begun is then finished later.
+        """
+        self._check_open()
+        return deletions.purge(self._database, before, retention)
+
+    def replay(self) -> None:
+        """Bring what waits in the spool to the database now, and not when its turn comes.
+
+        Raises StoreError when the database is down.
+        """
+        self._check_open()
+        self._upkeep.replay()
+
+    def state(self) -> StoreState:
+        """How the store is; see `StoreState`."""
+        return StoreState(
+            up=self._writer.reason is None,
+            reason=self._writer.reason,
+            num_waiting=self._writer.num_waiting,
+            num_spooled=self._writer.num_spooled,
+            num_replayed=self._upkeep.num_replayed,
+            spool_bytes=0 if self._spool is None else self._spool.num_bytes(),
+        )
+
     def close(self) -> None:
         """Write what is waiting and close the database. Waits for the disk; safe to call twice."""
         self._finalizer()
@@ -159,10 +278,12 @@ class Store:
         self.close()
 
     def _fetch(self, query: sa.Select[Any]) -> list[KeptDecision]:
+        return [_kept(row) for row in self._rows(query)]
+
+    def _rows(self, query: sa.Select[Any]) -> Sequence[Mapping[Any, Any]]:
         self._check_open()
         with self._database.reading() as connection:
-            rows = connection.execute(query).mappings().all()
-        return [_kept(row) for row in rows]
+            return connection.execute(query).mappings().all()
 
     def _count(self, query: sa.Select[Any]) -> dict[Action, int]:
         self._check_open()
@@ -175,39 +296,97 @@ class Store:
             raise StoreError("cannot read decisions: the store is closed")
 
 
-def open_store(url: str = "sqlite:///tidegate.db") -> Store:
-    """Open a database of decisions, and make it when there is none.
+def open_store(
+    url: str = "sqlite:///tidegate.db",
+    *,
+    spool: Path | None = None,
+    spool_bytes: int = DEFAULT_BYTES,
+    key: bytes | None = None,
+    keep_days: float | None = None,
+) -> Store:
+    """Open a database of decisions, make it when there is none, and bring an older one to the newest schema.
 
-    The key of the fingerprints lies beside it in ``<file>.key``, so that a copy of the database alone gives none away.
+    A PostgreSQL database that is down is no error when this spool has known it up: then decisions go to the spool.
 
     Args:
-        url: ``sqlite:///relative.db``, ``sqlite:////absolute.db``, or ``sqlite://`` for one in memory only.
+        url: ``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``sqlite://`` for one in memory only, or
+            ``postgresql://name:password@host/database``.
+        spool: folder for decisions while the database is down; None for ``<file>.spool`` beside a SQLite database,
+            and ``tidegate.spool`` for PostgreSQL.
+        spool_bytes: the most that the spool may hold; 0 for no spool. A database in memory has none.
+        key: of the fingerprints, 32 bytes, the same for all processes; None for the one in ``<file>.key`` beside a
+            SQLite database, or in the spool's folder for PostgreSQL. It is made when there is none.
+        keep_days: how old decisions may become, in days; None for any age.
 
     Raises:
-        StoreError: when it cannot be opened: wrong URL, no such folder, no permission, another program's database, or
-            one of a newer Tidegate.
+        StoreError: when it cannot be opened: wrong URL, no such folder, no permission, another program's database, one
+            of a newer Tidegate, or one with another key.
     """
     database = Database(url)
     try:
-        return Store(database, _key_of(database.path))
+        buffer = _spool_of(database, spool, spool_bytes)
+        key = _key_of(database, buffer) if key is None else key
+        reason = _prepared(database, buffer, key_name(key))
+        return Store(database, key, buffer, keep_days=keep_days, reason=reason)
     except BaseException:
         database.close()
         raise
 
 
-def _key_of(path: Path | None) -> bytes:
-    if path is None:
+def _spool_of(database: Database, folder: Path | None, limit: int) -> Spool | None:
+    if not limit or database.in_memory:
+        return None
+    beside = Path("tidegate.spool") if database.path is None else database.path.with_name(f"{database.path.name}.spool")
+    spool = Spool(folder or beside, limit)
+    if database.in_postgresql:
+        spool.make_folder()
+    return spool
+
+
+def _key_of(database: Database, spool: Spool | None) -> bytes:
+    if database.in_memory:
         return uuid.uuid4().bytes + uuid.uuid4().bytes
-    beside = path.with_name(f"{path.name}.key")
+    if database.path is not None:
+        place = database.path.with_name(f"{database.path.name}.key")
+    elif spool is not None:
+        place = spool.folder / "fingerprint.key"
+    else:
+        raise StoreError("without a spool there is no place for the key of the fingerprints: give the key")
     try:
-        return load_key(beside)
+        return load_key(place)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StoreError(f"cannot use the key of the fingerprints, {beside}: {reason}") from None
+        why = getattr(error, "strerror", None) or error
+        raise StoreError(f"cannot use the key of the fingerprints, {place}: {why}") from None
 
 
-def _close(writer: Writer, database: Database) -> None:
+def _prepared(database: Database, spool: Spool | None, name: str) -> str | None:
+    """Have the schema in place; gives why the database is down, None when it is up.
+
+    A wrong password looks like a database that is down. So that it shows at once, the first start needs a database.
+    """
+    known = spool.folder / "known" if spool is not None and database.in_postgresql else None
+    try:
+        database.prepare(name)
+    except DatabaseDown as error:
+        if known is None or not known.exists():
+            raise
+        _log.warning("the database is down, decisions go to the spool: %s", error)
+        return str(error)
+    if known is not None:
+        known.touch(mode=0o600)
+    return None
+
+
+def _log_failure(done: Future[None]) -> None:
+    if (error := done.exception()) is not None:
+        _log.error("a decision that nobody waited for is lost: %s", error)
+
+
+def _close(writer: Writer, upkeep: Upkeep, database: Database, spool: Spool | None) -> None:
     writer.close()
+    upkeep.close()
+    if spool is not None:
+        spool.release()
     database.close()
 
 
@@ -215,8 +394,8 @@ def _close(writer: Writer, database: Database) -> None:
 
 
 def _storable(text: str) -> str:
-    """Text that a database takes: what is not valid Unicode is replaced."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    """Text that every database takes: what is not valid Unicode is replaced, and so is U+0000."""
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\ufffd")
 
 
 def _row(
@@ -227,6 +406,7 @@ def _row(
     retention: Retention,
     key: bytes,
 ) -> Row:
+    subject = decision.scope.subject
     text = None
     mark = None
     if conversation is not None:
@@ -242,17 +422,34 @@ def _row(
         "policy": _storable(decision.policy),
         "policy_version": decision.policy_version,
         "advice": [advice.value for advice in decision.advice],
-        "scope": asdict(decision.scope),
+        "scope": _scope(decision.scope),
         "coverage": [
             {"path": c.path, "channel": c.channel.value, "state": c.state.value, "characters": c.characters}
             for c in decision.coverage
         ],
+        "observed": _observed(decision.observed),
         "retention": retention,
         "conversation": text,
         "fingerprint": mark,
+        "subject": None if subject is None else subject_fingerprint(subject, decision.scope.tenant, key),
         **_verdict_columns(decision.verdict, retention),
         **_failure_columns(decision),
     }
+
+
+def _observed(observed: Observed | None) -> Row | None:
+    if observed is None:
+        return None
+    return {
+        "action": observed.action.word,
+        "rule": observed.rule,
+        "advice": [advice.value for advice in observed.advice],
+    }
+
+
+def _scope(scope: Scope) -> dict[str, str | None]:
+    """All of it but the subject, of which only a fingerprint is kept."""
+    return {name: value for name, value in asdict(scope).items() if name != "subject"}
 
 
 def _verdict_columns(verdict: Verdict | None, retention: Retention) -> Row:
@@ -310,6 +507,7 @@ def _kept(row: Mapping[Any, Any]) -> KeptDecision:
             for c in row["coverage"]
         ),
         advice=tuple(Advice(advice) for advice in row["advice"]),
+        observed=_kept_observed(row["observed"]),
     )
     return KeptDecision(
         id=row["id"],
@@ -318,7 +516,14 @@ def _kept(row: Mapping[Any, Any]) -> KeptDecision:
         retention=cast(Retention, row["retention"]),
         conversation=None if text is None else conversation_from_json(text),
         fingerprint=row["fingerprint"],
+        subject=row["subject"],
     )
+
+
+def _kept_observed(found: Mapping[str, Any] | None) -> Observed | None:
+    if found is None:
+        return None
+    return Observed(Action.parse(found["action"]), found["rule"], tuple(map(Advice, found["advice"])))
 
 
 def _verdict(row: Mapping[Any, Any]) -> Verdict:

@@ -34,9 +34,12 @@ __all__ = [
     "conversation_from_json",
     "conversation_to_json",
     "fingerprint",
+    "key_name",
     "load_key",
+    "parse_key",
     "redact",
     "redact_conversation",
+    "subject_fingerprint",
 ]
 
 KEY_BYTES: Final = 32
@@ -200,7 +203,13 @@ def fingerprint(conversation: Conversation, key: bytes) -> str:
         parts += (call.name, call.arguments)
     normal = "\x00".join(_normalise(part) for part in parts)
     digest = hmac.new(key, normal.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
-    return f"hmac-sha256:{_key_name(key)}:{digest}"
+    return f"hmac-sha256:{key_name(key)}:{digest}"
+
+
+def subject_fingerprint(subject: str, tenant: str | None, key: bytes) -> str:
+    """The keyed fingerprint of whose content it is, in the same form; the same id of two tenants has two of them."""
+    parts = json.dumps(["subject", tenant, subject]).encode("ascii")
+    return f"hmac-sha256:{key_name(key)}:{hmac.new(key, parts, hashlib.sha256).hexdigest()}"
 
 
 def _normalise(text: str) -> str:
@@ -208,7 +217,7 @@ def _normalise(text: str) -> str:
     return " ".join(folded.split())
 
 
-def _key_name(key: bytes) -> str:
+def key_name(key: bytes) -> str:
     """Which key it was, so that fingerprints of different keys are never compared. Tells nothing about the key."""
     return hmac.new(key, b"the name of this key", hashlib.sha256).hexdigest()[:8]
 
@@ -239,7 +248,12 @@ def load_key(path: Path) -> bytes:
 
 
 def _read_key(path: Path) -> bytes:
-    key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    return parse_key(path.read_text(encoding="ascii"))
+
+
+def parse_key(text: str) -> bytes:
+    """A key from hexadecimal digits. Raises ValueError when it is none."""
+    key = bytes.fromhex(text.strip())
     if len(key) != KEY_BYTES:
         raise ValueError(f"expected {KEY_BYTES} bytes in hexadecimal digits")
     return key

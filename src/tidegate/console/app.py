@@ -32,7 +32,7 @@ from tidegate.console.playground import (
 from tidegate.errors import InputError
 from tidegate.guards.base import StreamGuard
 from tidegate.moderate import Keep
-from tidegate.policy import PRESETS, Policy, load_policy
+from tidegate.policy import PRESETS, PolicySource, load_policy
 
 __all__ = ["create_console"]
 
@@ -55,7 +55,7 @@ HEADERS: Final[Mapping[str, str]] = {
 def create_console(
     *,
     guard: StreamGuard,
-    policy: Policy,
+    policy: PolicySource,
     answer: Answer | None = None,
     upstream: str = "",
     keep: Keep | None = None,
@@ -66,14 +66,15 @@ def create_console(
 
     Args:
         guard: judges what is typed and what comes back; its owner closes it.
-        policy: the one in force; the shipped presets can be tried beside it.
+        policy: where the one in force is; the shipped presets can be tried beside it.
         answer: asks the upstream, and gives the text of its answer as it comes; None when there is no upstream.
         upstream: what the page calls the upstream, as its address; shown as text.
         keep: keeps the decisions; None keeps none.
         suggestions: examples that the page offers, in order.
         guard_timeout_s: seconds that the guard may take for a text or a piece of one; None for as long as it wants.
     """
-    policies = {policy.name: policy} | {name: load_policy(name) for name in PRESETS if name != policy.name}
+    own = policy.current.name
+    policies: dict[str, PolicySource] = {own: policy} | {name: load_policy(name) for name in PRESETS if name != own}
     page = _page(guard.name, tuple(policies), upstream if answer else "", suggestions, answer is not None)
 
     async def playground(request: Request) -> Response:
@@ -85,7 +86,7 @@ def create_console(
         except InputError as error:
             return _error(400, str(error))
         events = play(
-            ask, guard=guard, policy=policies[ask.policy], answer=answer, keep=keep, timeout_s=guard_timeout_s
+            ask, guard=guard, policy=policies[ask.policy].current, answer=answer, keep=keep, timeout_s=guard_timeout_s
         )
         return EventStream(events, headers=HEADERS)
 

@@ -26,8 +26,11 @@ from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
 from tidegate.gateway.upstream import Upstream
 from tidegate.guards.base import StreamGuard
+from tidegate.guards.breaker import Breaker, BreakerOptions
+from tidegate.guards.resilient import FALLBACK_DEADLINE_S, ResilientGuard
 from tidegate.moderate import Keep, failure_of
-from tidegate.policy import Policy
+from tidegate.policy import PolicySource, WatchedPolicy
+from tidegate.policy.watching import Outcome
 from tidegate.types import Conversation, Severity
 
 __all__ = ["HealthTexts", "create_app"]
@@ -46,8 +49,10 @@ class HealthTexts:
 def create_app(
     *,
     guard: StreamGuard,
-    policy: Policy,
+    policy: PolicySource,
     keep: Keep | None = None,
+    fallback: StreamGuard | None = None,
+    breaker: BreakerOptions | None = None,
     upstream_url: str | None = None,
     upstream_key: str | None = None,
     longest_body: int = DEFAULT_LONGEST_BODY,
@@ -66,8 +71,11 @@ def create_app(
 
     Args:
         guard: judges everything; closed when the app shuts down.
-        policy: decides.
+        policy: decides: a Policy, or a WatchedPolicy, which is then looked at as long as the app lives.
         keep: where decisions go, as a Store's ``keep``; None keeps them nowhere.
+        fallback: judges where the guard cannot and the policy says ``degraded: edge``; closed when the app shuts down.
+            None when there is none: then that is a failure of the guard.
+        breaker: when a guard that fails is left alone for a while; None for never.
         upstream_url: the LLM, as ``http://127.0.0.1:8000/v1``; None for a gateway that only moderates.
         upstream_key: sent to the upstream as bearer token; None sends the Authorization of each client on.
         longest_body: the most bytes of a request.
@@ -89,34 +97,35 @@ def create_app(
         InputError: when ``upstream_url`` is not an address.
     """
     telemetry = Telemetry()
-    timed = TimedGuard(guard, telemetry)
+    guarded = _guarded(guard, fallback, breaker, guard_timeout_s, telemetry)
+    patience_s = None if guard_timeout_s is None else guard_timeout_s + (FALLBACK_DEADLINE_S if fallback else 1.0)
     upstream = None
     if upstream_url is not None:
         upstream = Upstream(
             upstream_url, key=upstream_key, connect_timeout_s=connect_timeout_s, silence_timeout_s=silence_timeout_s
         )
     chat = Chat(
-        guard=timed,
+        guard=guarded,
         policy=policy,
         keep=keep,
         upstream=upstream,
         telemetry=telemetry,
         longest_body=longest_body,
-        guard_timeout_s=guard_timeout_s,
+        guard_timeout_s=patience_s,
         client_timeout_s=client_timeout_s,
         trusted=frozenset(trusted_fields),
         judge_system=judge_system,
     )
     moderations = Moderations(
-        guard=timed,
+        guard=guarded,
         policy=policy,
         keep=keep,
         telemetry=telemetry,
         longest_body=longest_body,
-        guard_timeout_s=guard_timeout_s,
+        guard_timeout_s=patience_s,
     )
     models = _Models(upstream, guard.name, telemetry)
-    checkup = _Health(guard, health, health_timeout_s)
+    checkup = _Health(guard, health, health_timeout_s, policy)
 
     async def metrics(request: Request) -> Response:
         return Response(telemetry.page(), media_type=CONTENT_TYPE)
@@ -125,10 +134,13 @@ def create_app(
     async def life(app: Starlette) -> AsyncIterator[None]:
         if upstream is not None:
             await upstream.open()
+        watching = _watching(policy, telemetry)
         try:
             yield
         finally:
-            for close in (*((upstream.close,) if upstream else ()), guard.close, *on_close):
+            if watching is not None:
+                watching.cancel()
+            for close in (*((upstream.close,) if upstream else ()), guarded.close, *on_close):
                 closing = close()
                 if inspect.isawaitable(closing):
                     await closing
@@ -152,6 +164,45 @@ def create_app(
     )
     app.add_middleware(_Counted, telemetry=telemetry)
     return app
+
+
+def _guarded(
+    guard: StreamGuard,
+    fallback: StreamGuard | None,
+    options: BreakerOptions | None,
+    timeout_s: float | None,
+    telemetry: Telemetry,
+) -> ResilientGuard:
+    """The guard as the gateway asks it: its own time is taken, and not that of the fallback."""
+    breaker = None
+    if options is not None:
+        breaker = Breaker(options, tell=telemetry.tell_circuit)
+        telemetry.tell_circuit(breaker.state)
+    return ResilientGuard(
+        TimedGuard(guard, telemetry),
+        fallback=fallback,
+        breaker=breaker,
+        deadline_s=timeout_s,
+        tell_degraded=lambda kind: telemetry.degraded.labels(kind).inc(),
+    )
+
+
+def _watching(policy: PolicySource, telemetry: Telemetry) -> asyncio.Task[None] | None:
+    """Tell which policy is in force, and look for another one where it can change."""
+    telemetry.tell_policy(policy.current, stale=False)
+    if not isinstance(policy, WatchedPolicy):
+        return None
+    loop = asyncio.get_running_loop()
+
+    def tell(outcome: Outcome) -> None:
+        telemetry.policy_changes.labels(outcome).inc()
+        telemetry.tell_policy(policy.current, stale=policy.problem is not None)
+
+    def tell_from_thread(outcome: Outcome) -> None:
+        loop.call_soon_threadsafe(tell, outcome)
+
+    policy.tell = tell_from_thread
+    return asyncio.create_task(policy.watch())
 
 
 class _Models:
@@ -180,7 +231,10 @@ class _Health:
     What was found holds for a second, so that nobody can wear the guard out by asking for its health.
     """
 
-    def __init__(self, guard: StreamGuard, texts: HealthTexts, timeout_s: float, *, holds_s: float = 1.0) -> None:
+    def __init__(
+        self, guard: StreamGuard, texts: HealthTexts, timeout_s: float, policy: PolicySource, *, holds_s: float = 1.0
+    ) -> None:
+        self._policy = policy
         self._guard = guard
         self._texts = texts
         self._timeout_s = timeout_s
@@ -194,7 +248,12 @@ class _Health:
             if time.monotonic() >= self._until:
                 self._found = await self._examine()
                 self._until = time.monotonic() + self._holds_s
-        return JSONResponse(self._found, 200 if self._found["status"] == "ok" else 503)
+        return JSONResponse({**self._found, **self._told()}, 200 if self._found["status"] == "ok" else 503)
+
+    def _told(self) -> dict[str, Any]:
+        """Which policy is in force, and whether its file says something else that cannot be used; that harms nobody."""
+        policy, stale = self._policy.current, getattr(self._policy, "problem", None) is not None
+        return {"policy": {"name": policy.name, "version": policy.version, "stale": stale}}
 
     async def _examine(self) -> dict[str, Any]:
         begun = time.perf_counter()

@@ -39,7 +39,7 @@ from tidegate.gateway.telemetry import Telemetry
 from tidegate.gateway.upstream import Upstream, UpstreamAnswer
 from tidegate.guards.base import StreamGuard
 from tidegate.moderate import Keep, moderate, surely
-from tidegate.policy import Policy
+from tidegate.policy import Policy, PolicySource, Retention
 from tidegate.types import Conversation, Coverage, CoverageState, Decision, Scope
 
 __all__ = ["Chat"]
@@ -59,7 +59,7 @@ class Chat:
 
     Args:
         guard: judges prompts and answers.
-        policy: decides.
+        policy: where the policy in force is; each exchange is decided by one, from its beginning to its end.
         keep: where decisions go; None for nowhere.
         upstream: the LLM; None when there is none, which is an error for every request.
         telemetry: counts.
@@ -74,7 +74,7 @@ class Chat:
         self,
         *,
         guard: StreamGuard,
-        policy: Policy,
+        policy: PolicySource,
         keep: Keep | None,
         upstream: Upstream | None,
         telemetry: Telemetry,
@@ -107,7 +107,9 @@ class Chat:
         chat = read_chat(body, judge_system=self._judge_system)
         return _Exchange(self, self.upstream, chat, request.headers.get("authorization"), request.url.path)
 
-    async def keep(self, decision: Decision, conversation: Conversation, target: str) -> str | None:
+    async def keep(
+        self, decision: Decision, conversation: Conversation, target: str, retention: Retention
+    ) -> str | None:
         """Count a decision and keep it, to the end even when the client goes away meanwhile; returns its id, if any.
 
         Raises:
@@ -117,7 +119,7 @@ class Chat:
         if self._keep is None:
             return None
         try:
-            return await surely(self._keep(decision, conversation, retention=self.policy.retention))
+            return await surely(self._keep(decision, conversation, retention=retention))
         except Exception as error:  # whatever keeps a decision from being kept must not pass for success
             _log.error("a decision could not be kept: %s", type(error).__name__)
             raise StoreError("a decision could not be kept") from error
@@ -132,6 +134,7 @@ class _Exchange:
         self._door = door
         self._chat = chat
         self._scope = Scope(route=route)
+        self._policy: Policy = door.policy.current.at(self._scope)
         self._upstream = upstream
         self._authorization = authorization
         self._prompt_kept: asyncio.Task[str | None] | None = None
@@ -192,7 +195,7 @@ class _Exchange:
                 moderate(
                     text.conversation,
                     guard=door.guard,
-                    policy=door.policy,
+                    policy=self._policy,
                     scope=self._scope,
                     timeout_s=door.guard_timeout_s,
                     coverage=(),
@@ -206,15 +209,15 @@ class _Exchange:
         )
         door.telemetry.count_failures(one for place, one in enumerate(decisions) if place != number)
         decision = replace(decisions[number], coverage=tuple(_without(chat.coverage, unjudged)))
-        self._prompt_kept = asyncio.ensure_future(door.keep(decision, chat.conversation, "prompt"))
+        self._prompt_kept = asyncio.ensure_future(self._keep(decision, chat.conversation, "prompt"))
         if decision.action < BLOCKS:
             return None
         await _drop(call)
         return self._refusal(decision, chat.new[number], await surely(_result(self._prompt_kept)))
 
     def _refusal(self, decision: Decision, text: PromptText, identity: str | None) -> ASGIApp:
-        field = decision_field(decision, self._door.policy, text=text, identity=identity)
-        message = self._door.policy.message_for(decision.rule)
+        field = decision_field(decision, self._policy, text=text, identity=identity)
+        message = self._policy.message_for(decision.rule)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self._chat.model}
         if self._chat.stream:
             return _Events(b"".join(_refusal_events(head, self._chat, message, field)))
@@ -242,7 +245,7 @@ class _Exchange:
         door = self._door
         return Judging(
             guard=door.guard,
-            policy=door.policy,
+            policy=self._policy,
             scope=self._scope,
             prompt=self._chat.conversation,
             keep=self._keep_answer,
@@ -253,7 +256,10 @@ class _Exchange:
         )
 
     async def _keep_answer(self, decision: Decision, conversation: Conversation) -> str | None:
-        return await self._door.keep(decision, conversation, "response")
+        return await self._keep(decision, conversation, "response")
+
+    async def _keep(self, decision: Decision, conversation: Conversation, target: str) -> str | None:
+        return await self._door.keep(decision, conversation, target, self._policy.retention)
 
     async def _whole(self, answer: UpstreamAnswer) -> JSONResponse:
         if answer.status != 200:

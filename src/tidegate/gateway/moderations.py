@@ -24,7 +24,7 @@ from tidegate.gateway.statuses import Problem, problem_of_failure
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.guards.base import StreamGuard
 from tidegate.moderate import Keep, moderate
-from tidegate.policy import Policy
+from tidegate.policy import Policy, PolicySource
 from tidegate.types import Action, Category, Channel, Conversation, Coverage, CoverageState, Decision, Scope, Verdict
 
 __all__ = ["MOST_INPUTS", "OPENAI_CATEGORIES", "Moderations"]
@@ -63,7 +63,7 @@ class Moderations:
         self,
         *,
         guard: StreamGuard,
-        policy: Policy,
+        policy: PolicySource,
         keep: Keep | None,
         telemetry: Telemetry,
         longest_body: int,
@@ -87,12 +87,14 @@ class Moderations:
         self._check_model(body.get("model"))
         _check_fields(body)
         texts = _texts(body)
-        work = [self._judge(text, f"input[{place}]", request.url.path) for place, text in enumerate(texts)]
+        scope = Scope(route=request.url.path)
+        policy = self._policy.current.at(scope)
+        work = [self._judge(text, f"input[{place}]", policy, scope) for place, text in enumerate(texts)]
         decisions = await asyncio.gather(*work)
         for decision, _ in decisions:
             if decision.failure is not None:
                 raise problem_of_failure(decision.failure)
-        results = [_result(decision, self._policy, identity) for decision, identity in decisions]
+        results = [_result(decision, policy, identity) for decision, identity in decisions]
         return JSONResponse({"id": f"modr-{uuid.uuid4().hex}", "model": self._guard.name, "results": results})
 
     def _check_model(self, model: Any) -> None:
@@ -106,13 +108,13 @@ class Moderations:
             message = f"there is no such model here: this gateway moderates with {name}"
             raise Problem(404, message, param="model", code="model_not_found")
 
-    async def _judge(self, text: str, path: str, route: str) -> tuple[Decision, str | None]:
+    async def _judge(self, text: str, path: str, policy: Policy, scope: Scope) -> tuple[Decision, str | None]:
         conversation = Conversation.of(text)
         decision = await moderate(
             conversation,
             guard=self._guard,
-            policy=self._policy,
-            scope=Scope(route=route),
+            policy=policy,
+            scope=scope,
             timeout_s=self._guard_timeout_s,
             coverage=(Coverage(path, Channel.USER, CoverageState.JUDGED, len(text)),),
         )
@@ -120,7 +122,7 @@ class Moderations:
         if self._keep is None:
             return decision, None
         try:
-            return decision, await self._keep(decision, conversation, retention=self._policy.retention)
+            return decision, await self._keep(decision, conversation, retention=policy.retention)
         except Exception as error:  # whatever keeps a decision from being kept must not pass for success
             raise StoreError("a decision could not be kept") from error
 

@@ -483,6 +483,7 @@ def decision_field(
         "failure": {"kind": failure.kind, "message": failure.message} if failure else None,
         "where": _where(path, span),
         "advice": [advice.value for advice in decision.advice],
+        "observed": _observed_field(decision),
         "message": policy.message_for(decision.rule) if decision.action.word in ("block", "redact") else None,
         "coverage": _coverage_field(decision.coverage),
     }
@@ -503,9 +504,18 @@ def undecided_field(policy: Policy, coverage: Sequence[Coverage]) -> dict[str, A
         "failure": None,
         "where": None,
         "advice": [],
+        "observed": None,
         "message": None,
         "coverage": _coverage_field(coverage),
     }
+
+
+def _observed_field(decision: Decision) -> dict[str, Any] | None:
+    """What it would have been if all that is only observed were in force; None when that is the same."""
+    seen = decision.observed
+    if seen is None:
+        return None
+    return {"action": seen.action.word, "rule": seen.rule, "advice": [advice.value for advice in seen.advice]}
 
 
 def _coverage_field(coverage: Sequence[Coverage]) -> list[dict[str, Any]]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tidegate.guards.base import Session, StreamGuard
+from tidegate.guards.breaker import State
+from tidegate.guards.terms import Terms, on_terms
+from tidegate.policy import Policy
 from tidegate.types import Channel, Conversation, Decision, TokenVerdict, Verdict
 
 __all__ = ["CONTENT_TYPE", "Telemetry", "TimedGuard"]
@@ -31,6 +35,33 @@ class Telemetry:
         )
         self.failures = Counter(
             "tidegate_guard_failures", "Guards that did not judge, by kind.", ("kind",), registry=self.registry
+        )
+        self.observed = Counter(
+            "tidegate_observed_decisions",
+            "Decisions that would have been others if all that the policy only observes were in force.",
+            ("target", "action", "would_be"),
+            registry=self.registry,
+        )
+        self.degraded = Counter(
+            "tidegate_degraded",
+            "Texts and streams that the fallback judged, by why the guard could not.",
+            ("kind",),
+            registry=self.registry,
+        )
+        self.circuit = Gauge(
+            "tidegate_guard_circuit",
+            "1 for the state that the guard's circuit breaker is in.",
+            ("state",),
+            registry=self.registry,
+        )
+        self.policy_info = Gauge(
+            "tidegate_policy_info", "1 for the policy in force.", ("name", "version"), registry=self.registry
+        )
+        self.policy_stale = Gauge(
+            "tidegate_policy_stale", "1 while the policy file cannot be used as it is.", registry=self.registry
+        )
+        self.policy_changes = Counter(
+            "tidegate_policy_changes", "What became of changed policy files.", ("outcome",), registry=self.registry
         )
         self.upstream_errors = Counter(
             "tidegate_upstream_errors", "Upstreams that failed, by kind.", ("kind",), registry=self.registry
@@ -58,6 +89,8 @@ class Telemetry:
     def count(self, decision: Decision, target: str) -> None:
         """Count one decision about a ``prompt``, a ``response`` or a ``moderation``."""
         self.decisions.labels(target, decision.action.word).inc()
+        if decision.observed is not None:
+            self.observed.labels(target, decision.action.word, decision.observed.action.word).inc()
         if decision.failure is not None:
             self.failures.labels(decision.failure.kind).inc()
 
@@ -66,6 +99,17 @@ class Telemetry:
         for decision in decisions:
             if decision.failure is not None:
                 self.failures.labels(decision.failure.kind).inc()
+
+    def tell_circuit(self, state: State) -> None:
+        """The circuit breaker is in this state now."""
+        for other in get_args(State):
+            self.circuit.labels(other).set(other == state)
+
+    def tell_policy(self, policy: Policy, *, stale: bool) -> None:
+        """This policy is in force now; stale when its file says something else, that cannot be used."""
+        self.policy_info.clear()
+        self.policy_info.labels(policy.name, policy.version).set(1)
+        self.policy_stale.set(stale)
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -103,6 +147,9 @@ class TimedGuard:
         self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
     ) -> Session:
         return _TimedSession(self._guard.open(context, channel, reasoning=reasoning, name=name), self._telemetry)
+
+    def on_terms(self, terms: Terms) -> TimedGuard:
+        return TimedGuard(on_terms(self._guard, terms), self._telemetry)
 
     async def close(self) -> None:
         await self._guard.close()

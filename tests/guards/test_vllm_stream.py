@@ -97,6 +97,8 @@ class FakeVllm:
     described: int = 0
     computed: list[int] = field(default_factory=list)
     cached: set[tuple[str, tuple[int, ...]]] = field(default_factory=set)
+    forgets: int = 0
+    """From how many of the next answers the first row is missing."""
     before: list[Reply] = field(default_factory=list)
     """What is answered to the next requests, in place of what is right."""
 
@@ -130,6 +132,9 @@ class FakeVllm:
             logits = model()(torch.tensor([ask.ids]))
         heads = logits[2:] if ask.target is Target.PROMPT else logits[:2]
         rows = torch.cat([head[0] for head in heads], -1).numpy()[max(ask.first, hits * BLOCK) :]
+        if self.forgets:
+            self.forgets -= 1
+            rows = rows[1:]
         classes = (3, rows.shape[1] - 3)
         return Answer.of(rows, classes, computed=computed, served=self.description().served)
 
@@ -437,14 +442,26 @@ async def test_an_answer_of_another_form_is_unreadable(make: Make, server: FakeV
         await guard.judge(PROMPT)
 
 
-async def test_another_number_of_logits_is_unreadable(make: Make, server: FakeVllm) -> None:
+async def test_logits_that_a_server_lost_are_asked_for_again_and_not_for_ever(make: Make, server: FakeVllm) -> None:
+    guard = make()
+    server.forgets = 2
+    verdict = await guard.judge(PROMPT)
+    assert guard.metrics().repeated == 2
+    assert verdict == await guard.judge(PROMPT)
+
+    server.forgets = 100
+    with pytest.raises(UnreadableVerdict, match="0 of 1 tokens"):
+        await guard.judge(PROMPT)
+    assert server.forgets > 90
+
+
+async def test_more_logits_than_were_wanted_are_unreadable(make: Make, server: FakeVllm) -> None:
     guard = make()
     await guard.judge(PROMPT)
-    served = server.description().served
-    few = Answer.of(np.zeros((0, 12), np.float32), (3, 9), computed=1, served=served)
-    server.before = [Reply.json({"data": few.model_dump()})] * 2
+    many = Answer.of(np.zeros((2, 12), np.float32), (3, 9), computed=2, served=server.description().served)
+    server.before = [Reply.json({"data": many.model_dump()})]
 
-    with pytest.raises(UnreadableVerdict, match="0 of 1 tokens"):
+    with pytest.raises(UnreadableVerdict, match="2 of 1 tokens"):
         await guard.judge(PROMPT)
 
 

@@ -59,6 +59,8 @@ _SPEC: Final = "expected vllm-stream:URL[,URL...][#MODEL], or vllm-stream:FILE w
 _PERMANENT: Final = (400, 401, 403, 404, 405, 413, 422)
 """Statuses that the same request would get again."""
 _NO_PLUGIN: Final = "it must be a vLLM server that serves a Stream checkpoint, with Tidegate installed beside it"
+_MOST_SALTS: Final = 3
+"""How many times logits that the server did not give are asked for again."""
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 1.0
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
@@ -304,15 +306,19 @@ class RemoteStream:
                 asked.exception()
 
     async def _ask(self, stop: int, wanted: int, target: Target) -> RemoteLogits:
-        """The last logits of the first positions of this window. When the cache has some of them, another session had
-        the same text: from then on this one has a cache of its own."""
+        """The last logits of the first positions of this window.
+
+        When the server gives fewer than are wanted, its cache had some of them: another session has the same text. From
+        then on this one has a cache of its own. A server that runs out of memory while it computes may lose some too.
+        """
         ids = self._tokens.windows.ids(self._tokens.tokens, self._tokens.window, 0, stop)
-        ask = Ask(ids=ids, first=stop - wanted, target=target, salt=self._salt)
-        logits, self._server = await self._client.ask(ask, self._server)
-        if len(logits.risk) < wanted:
+        for _ in range(_MOST_SALTS + 1):
+            ask = Ask(ids=ids, first=stop - wanted, target=target, salt=self._salt)
+            logits, self._server = await self._client.ask(ask, self._server)
+            if len(logits.risk) >= wanted:
+                break
             self._salt = uuid.uuid4().hex
             self._client.metrics.repeated += 1
-            logits, self._server = await self._client.ask(ask.model_copy(update={"salt": self._salt}), self._server)
         if len(logits.risk) != wanted:
             raise UnreadableVerdict(f"the server answered for {len(logits.risk)} of {wanted} tokens")
         self._client.metrics.tokens_judged += wanted

@@ -26,7 +26,6 @@ from vllm.renderers import BaseRenderer
 
 from tidegate.guards.vllm_wire import DESCRIBE, Answer, Ask, Description
 from tidegate.integrations.vllm_model import FIRST, TARGET
-from tidegate.types import Target
 
 __all__ = ["StreamRequests"]
 
@@ -43,11 +42,9 @@ class StreamRequests(IOProcessor[Ask | None, dict[str, Any]]):
     def __init__(self, vllm_config: VllmConfig, renderer: BaseRenderer) -> None:
         super().__init__(vllm_config, renderer)
         config = vllm_config.model_config.hf_config
-        self._classes = {
-            Target.RESPONSE: (config.num_risk_level, config.num_category),
-            Target.PROMPT: (config.num_query_risk_level, config.num_query_category),
-        }
-        self._columns = {sum(classes): classes for classes in self._classes.values()}
+        response = config.num_risk_level, config.num_category
+        prompt = config.num_query_risk_level, config.num_query_category
+        self._classes = {sum(classes): classes for classes in (response, prompt)}
         self._describing: set[str | None] = set()
         self._description = _described(vllm_config)
 
@@ -97,7 +94,7 @@ class StreamRequests(IOProcessor[Ask | None, dict[str, Any]]):
         output = model_output[0]
         rows = output.outputs.data.numpy().astype(np.float32, copy=False)
         computed = len(output.prompt_token_ids) - output.num_cached_tokens
-        classes, served = self._columns[rows.shape[1]], self._description.served
+        classes, served = self._classes[rows.shape[1]], self._description.served
         return Answer.of(rows, classes, computed=computed, served=served).model_dump()
 
 
@@ -117,7 +114,10 @@ def _described(vllm_config: VllmConfig) -> Description:
 
 def _tokenizer(source: str, revision: str | None) -> str | None:
     """The definition of a tokenizer; None when there is no such file."""
-    path = cached_file(source, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    try:
+        path = cached_file(source, "tokenizer.json", revision=revision)
+    except OSError:
+        return None
     return Path(path).read_text(encoding="utf-8") if path else None
 
 

@@ -156,3 +156,44 @@ def test_a_secret_file_that_is_missing_or_given_twice_is_an_error(tmp_path: Path
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         read_settings({}).port = 1  # type: ignore[misc]
+
+
+def test_the_store_is_set_from_the_environment_and_its_secrets_from_files(tmp_path: Path) -> None:
+    url, key = tmp_path / "url", tmp_path / "key"
+    url.write_text("postgresql://u:hunter2@db/x\n", encoding="utf-8")
+    key.write_text("0f" * 32 + "\n", encoding="utf-8")
+
+    settings = read_settings(
+        {
+            "TIDEGATE_DATABASE_URL_FILE": str(url),
+            "TIDEGATE_FINGERPRINT_KEY_FILE": str(key),
+            "TIDEGATE_SPOOL": "/var/spool/tidegate",
+            "TIDEGATE_SPOOL_BYTES": "0",
+            "TIDEGATE_KEEP_DAYS": "90",
+        }
+    )
+
+    assert settings.database_url == "postgresql://u:hunter2@db/x"
+    assert settings.fingerprint_key is not None
+    assert settings.fingerprint_key.get_secret_value() == "0f" * 32
+    assert (settings.spool, settings.spool_bytes, settings.keep_days) == (Path("/var/spool/tidegate"), 0, 90)
+    assert "hunter2" not in repr(settings)
+    assert "0f0f" not in repr(settings)
+    empty = {"TIDEGATE_SPOOL": "", "TIDEGATE_KEEP_DAYS": "", "TIDEGATE_FINGERPRINT_KEY": ""}
+    assert read_settings(empty) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("TIDEGATE_FINGERPRINT_KEY", "hunter2"),
+        ("TIDEGATE_FINGERPRINT_KEY", "0f" * 31),
+        ("TIDEGATE_SPOOL_BYTES", "-1"),
+        ("TIDEGATE_KEEP_DAYS", "0"),
+    ],
+)
+def test_a_setting_of_the_store_that_cannot_be_used_is_named(variable: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=variable) as caught:
+        read_settings({variable: value})
+
+    assert "hunter2" not in str(caught.value)

@@ -614,9 +614,11 @@ def export_decisions(
             write_jsonl(decisions, sys.stdout)
             return
         if out.suffix == ".parquet":
-            count = _from_extra("parquet", "tidegate.store.parquet", "write_parquet")(decisions, out)
+            write_parquet = _from_extra("parquet", "tidegate.store.parquet", "write_parquet")
+            with open(out, "wb", opener=_private) as binary:
+                count = write_parquet(decisions, binary)
         elif out.suffix == ".jsonl":
-            with out.open("w", encoding="ascii") as file:
+            with open(out, "w", encoding="ascii", opener=_private) as file:
                 count = write_jsonl(decisions, file)
         else:
             raise InputError("expected a name that ends with .jsonl or .parquet", where=str(out))
@@ -666,6 +668,11 @@ def decisions_status(database: DatabaseOption = None) -> None:
         _print_json({**figures, "decisions": {action.word: number for action, number in counts.items()}})
     if not state.up:
         raise typer.Exit(WRONG)
+
+
+def _private(path: str, flags: int) -> int:
+    """Opens a file; a new one is readable by its owner only, as it may hold what people wrote."""
+    return os.open(path, flags, 0o600)
 
 
 def _open_store(settings: Settings) -> Store:

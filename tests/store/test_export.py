@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import stat
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -128,6 +129,7 @@ def test_parquet_holds_the_same(place: Place, tmp_path: Path) -> None:
     rows = parquet.read_table(out).to_pylist()
     lines = [json.loads(line) for line in tidegate(place, "export")[1].splitlines()]
 
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
     assert [row["id"] for row in rows] == [line["id"] for line in lines]
     assert rows[0]["time"] == datetime.fromisoformat(lines[0]["time"]).astimezone(UTC)
     assert rows[0]["reason"] == "because ?"
@@ -150,7 +152,7 @@ def test_parquet_without_its_driver_says_what_to_install(
     assert "pip install 'tidegate[parquet]'" in said
 
 
-def test_an_export_can_be_of_a_time_an_action_or_a_subject(place: Place) -> None:
+def test_an_export_can_be_to_a_file_and_of_a_time_an_action_or_a_subject(place: Place, tmp_path: Path) -> None:
     fill(place)
 
     def actions(*arguments: str) -> list[str]:
@@ -158,6 +160,10 @@ def test_an_export_can_be_of_a_time_an_action_or_a_subject(place: Place) -> None
         assert code == 0, said
         return [json.loads(line)["action"] for line in out.splitlines()]
 
+    out = tmp_path / "out.jsonl"
+    assert actions("--out", str(out)) == []
+    assert len(out.read_text(encoding="ascii").splitlines()) == 3
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
     assert actions("--action", "review") == ["review"]
     assert actions("--subject", "ann", "--tenant", "shop") == ["block"]
     assert actions("--subject", "ann") == []

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from kept import TALK, Place, decision, url_of
 from postgres import PATIENCE_S, Cluster, cluster
 from tidegate.errors import StoreError
 from tidegate.store import Store, open_store
 from tidegate.store.database import DatabaseDown
-from tidegate.types import Action, Scope
+from tidegate.types import Action, Conversation, Scope
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -297,6 +298,29 @@ async def test_a_full_spool_refuses_with_a_store_error(place: Place, away: Calla
         away(False)
         store.replay()
         await store.keep(decision(), TALK, retention="full")
+
+
+async def test_when_the_disk_of_sqlite_is_full_decisions_go_to_the_spool_and_then_to_it(tmp_path: Path) -> None:
+    place = Place(url_of(tmp_path / "kept.db"), tmp_path)
+    with place.open() as store:
+        small = [1]
+
+        def limit(connection: sqlite3.Connection, _record: object) -> None:
+            for pages in small:
+                connection.execute(f"PRAGMA max_page_count = {pages}")
+
+        sa.event.listen(store._database._engine, "connect", limit)
+        store._database._engine.dispose()
+        long = Conversation.of("x" * 100_000)
+        identity = await store.keep(decision(), long, retention="full")
+        assert "full" in (store.state().reason or "")
+        small.clear()
+        store._database._engine.dispose()
+        store.replay()
+        kept = await store.decision(identity)
+
+    assert kept is not None
+    assert kept.conversation == long
 
 
 async def test_without_a_spool_a_database_that_is_down_is_a_store_error(

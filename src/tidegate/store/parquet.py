@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterable
 from datetime import datetime
 from itertools import islice
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,14 +53,14 @@ _SCHEMA: Final = pa.schema(
 )
 
 
-def write_parquet(decisions: Iterable[KeptDecision], path: Path) -> int:
+def write_parquet(decisions: Iterable[KeptDecision], out: BinaryIO) -> int:
     """Write a file, zstd inside; returns how many decisions. ``conversation`` is JSON text, as it is in the database.
 
     What is not valid Unicode is replaced outside of it: Parquet has no place for it. Raises OSError.
     """
     rows = map(_row, decisions)
     count = 0
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(out, _SCHEMA, compression="zstd") as writer:
         for group in iter(lambda: list(islice(rows, GROUP)), []):
             writer.write_table(pa.Table.from_pylist(group, schema=_SCHEMA))
             count += len(group)

@@ -306,14 +306,15 @@ class Scope:
     """For whom a decision is made; None means not known.
 
     ``subject`` is whose content it is, by the id that the client gives that person (OpenAI's ``safety_identifier`` or
-    ``user``). No rule reads it, no repr shows it, and the store keeps a keyed fingerprint of it only.
+    ``user``). No rule reads it, so that scopes which differ in it only are equal; no repr shows it, and the store keeps
+    a keyed fingerprint of it only.
     """
 
     tenant: str | None = None
     region: str | None = None
     route: str | None = None
     language: str | None = None
-    subject: str | None = field(default=None, repr=False)
+    subject: str | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

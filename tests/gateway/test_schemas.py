@@ -100,3 +100,27 @@ def test_parts_that_are_not_text_count_by_what_they_carry() -> None:
         ("messages[0].content[1]", "not_judged", 30),
         ("messages[0].content[2]", "not_judged", 1),
     ]
+
+
+def test_the_subject_is_what_the_client_says_it_is() -> None:
+    def subject(**fields: Any) -> str | None:
+        return read_chat({"model": "m", "messages": [user("a")], **fields}).subject
+
+    assert subject() is None
+    assert subject(user="ann") == "ann"
+    assert subject(user="ann", safety_identifier="hashed-ann") == "hashed-ann"
+    assert subject(user="ann", safety_identifier="") == "ann"
+    assert subject(user=7, safety_identifier=None) is None
+
+
+async def test_both_decisions_of_an_exchange_have_its_subject(upstream_url: str) -> None:
+    record = Record()
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(), keep=record, upstream_url=upstream_url)
+    with serving(app) as url:
+        async with httpx.AsyncClient() as client:
+            body = {"model": "m", "messages": [user("a question")], "user": "ann-4711"}
+            answer = await client.post(f"{url}/v1/chat/completions", json=body)
+
+    assert answer.status_code == 200
+    assert [decision.scope.subject for decision, _, _ in record.kept] == ["ann-4711"] * 2
+    assert "4711" not in answer.text

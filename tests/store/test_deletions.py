@@ -56,6 +56,7 @@ async def test_only_a_fingerprint_of_the_subject_is_kept(place: Place, store: St
     assert one.subject == two.subject
     assert one.subject.startswith("hmac-sha256:")
     assert one.decision.scope == Scope(tenant="shop")
+    assert one.decision.scope.subject is None
     assert "ann-4711" not in repr(place.run("SELECT * FROM decisions"))
 
 

@@ -133,7 +133,7 @@ class _Exchange:
     ) -> None:
         self._door = door
         self._chat = chat
-        self._scope = Scope(route=route)
+        self._scope = Scope(route=route, subject=chat.subject)
         self._policy: Policy = door.policy.current.at(self._scope)
         self._upstream = upstream
         self._authorization = authorization

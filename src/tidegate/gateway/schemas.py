@@ -216,6 +216,7 @@ class ChatRequest:
         choices: how many are asked for, at least 1.
         wants_usage: whether a stream is to end with a usage chunk.
         tools: the names of the tools that the model may call.
+        subject: whose content it is, as the client says it in ``safety_identifier`` or ``user``; None when it does not.
     """
 
     body: dict[str, Any]
@@ -227,6 +228,7 @@ class ChatRequest:
     choices: int
     wants_usage: bool
     tools: frozenset[str]
+    subject: str | None = None
 
 
 def read_chat(body: dict[str, Any], *, judge_system: bool = False) -> ChatRequest:
@@ -272,7 +274,13 @@ def read_chat(body: dict[str, Any], *, judge_system: bool = False) -> ChatReques
         choices=choices or 1,
         wants_usage=bool(options and options.get("include_usage")),
         tools=frozenset(_tool_names(body)),
+        subject=_subject(body),
     )
+
+
+def _subject(body: Mapping[str, Any]) -> str | None:
+    given = (body.get(name) for name in ("safety_identifier", "user"))
+    return next((value for value in given if isinstance(value, str) and value), None)
 
 
 @dataclass(frozen=True, slots=True)

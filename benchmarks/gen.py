@@ -12,7 +12,7 @@ requests: ours gets eight calls at once; ``generate`` gets them as one batch pad
 other, and the faster counts. ``--int8`` is an export of the same checkpoint, measured in the same turns.
 
 All verdicts are compared with what the regular expressions of the model card find: equal ones are counted. Without a
-clock, forwards and the positions that they compute are counted too.
+clock, forwards in torch and the positions that they compute are counted too; those of an export are not.
 
 Writes a table to the terminal and ``benchmarks/results/gen-DATE.json``.
 """
@@ -50,7 +50,7 @@ RESULTS = Path(__file__).parent / "results"
 AT_ONCE = 8
 LENGTHS = {"short": 100, "long": 5_300}
 """Characters of the content: about 20 and about 1,000 tokens."""
-REPEATS = {"short": 5, "long": 1}
+REPEATS = {"short": 3, "long": 1}
 LONG = ((Target.PROMPT, "safe"), (Target.RESPONSE, "unsafe"))
 """Of long texts these are enough: their cost is that of reading."""
 ANSWERS = {
@@ -210,7 +210,9 @@ def generating(card: ModelCard) -> Ask:
     return ask
 
 
-async def run(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+async def run(
+    folder: Path, options: argparse.Namespace, save: Callable[[Sequence[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
     card = ModelCard(folder, dtype=getattr(torch, options.dtype), device=options.device)
     guards: dict[str, Guard] = {"ours": GenGuard(str(folder), dtype=options.dtype, device=options.device)}
     if options.int8:
@@ -224,6 +226,7 @@ async def run(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]
     chosen = cases(options.lengths, options.targets)
     for number, case in enumerate(chosen, start=1):
         rows.append(await measure(case, sides))
+        save(rows)
         print(f"[{number}/{len(chosen)}] {line(rows[-1])}", flush=True)
     for guard in guards.values():
         await guard.close()
@@ -242,7 +245,8 @@ def line(found: dict[str, Any]) -> str:
     for name, side in found["sides"].items():
         if name != "generate":
             parts.append(
-                f"{name} {side['one_ms']:.0f} ms ({side['forwards']} forwards), {side['per_second_at_8']:.2f}/s: "
+                f"{name} {side['one_ms']:.0f} ms ({side['forwards'] or 'uncounted'} forwards), "
+                f"{side['per_second_at_8']:.2f}/s: "
                 f"{side['times_as_fast_one']:.2f} x, {side['times_as_fast_at_8']:.2f} x at {AT_ONCE}, "
                 f"{side['same_verdicts']}/{AT_ONCE} verdicts the same"
             )
@@ -324,26 +328,26 @@ def main() -> None:
     if chosen.write:
         write(chosen.write, chosen)
         return
-    before = machine(chosen.device)
+    now = datetime.datetime.now(datetime.UTC)
+    report = {
+        "date": now.isoformat(timespec="seconds"),
+        "machine": machine(chosen.device),
+        "weights": str(chosen.model.name) if chosen.model else f"random, shape {chosen.shape}",
+        "dtype": chosen.dtype,
+    }
+    out = chosen.out or RESULTS / f"gen-{now:%Y-%m-%d}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(out.read_text(encoding="utf-8"))["rows"] if chosen.append and out.exists() else []
+
+    def save(rows: Sequence[dict[str, Any]]) -> None:
+        out.write_text(json.dumps({**report, "rows": [*earlier, *rows]}, indent=1) + "\n", encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = chosen.model or Path(scratch)
         if not chosen.model:
             write(folder, chosen)
-        rows = asyncio.run(run(folder, chosen))
-    now = datetime.datetime.now(datetime.UTC)
-    report = {
-        "date": now.isoformat(timespec="seconds"),
-        "machine": before,
-        "weights": str(chosen.model.name) if chosen.model else f"random, shape {chosen.shape}",
-        "dtype": chosen.dtype,
-        "rows": rows,
-    }
-    out = chosen.out or RESULTS / f"gen-{now:%Y-%m-%d}.json"
-    if chosen.append and out.exists():
-        report["rows"] = rows = [*json.loads(out.read_text(encoding="utf-8"))["rows"], *rows]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{table(rows)}\n\nwritten: {out}")
+        rows = asyncio.run(run(folder, chosen, save))
+    print(f"\n{table([*earlier, *rows])}\n\nwritten: {out}")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ _NO_SUCH_ROUTE: Final = (400, 404, 405, 422, 500, 501)
 _LENGTHS: Final = {"official": 96, "reason": 384}
 _SAMPLE_LENGTH: Final = 12
 _PLAIN: Final = {"presence_penalty": 0, "frequency_penalty": 0, "repeat_penalty": 1.0, "repetition_penalty": 1.0}
-"""What servers must not do to a greedy answer, though some do it unless told, such as that of llama-cpp-python: all
-words of an answer stand in the prompt, and are repeated. The last two are the names of several engines for one thing."""
+"""What servers must not do to a greedy answer, though that of llama-cpp-python does it unless told: all words of an
+answer stand in the prompt, and are repeated. The last two are the names of several engines for one thing."""
 _WHOLE: Final = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0}
 """A sample of the whole distribution."""
 _STANDARD: Final = frozenset(("temperature", "top_p", "presence_penalty", "frequency_penalty"))

@@ -468,7 +468,7 @@ async def test_wrong_answers_are_not_healthy(model: Qwen3ForGuardModel) -> None:
     changed.load_state_dict(model.state_dict())
     async with Engine(changed, positions=200, limits=LIMITS) as engine:
         with torch.no_grad():
-            changed.model.layers[1].mlp.down_proj.weight.mul_(3)
+            changed.model.layers[1].post_attention_layernorm.weight.mul_(3)
         with pytest.raises(GuardUnavailable, match="wrong"):
             await engine.health()
 

@@ -2,10 +2,8 @@
 
 The new positions of all streams are concatenated, without padding, so that every linear layer runs once over
 ``[new positions, hidden]``: with one new token of each of 64 streams the weights are read once and not 64 times.
-Attention runs stream by stream on views of the cache, where the scheduler has put it; no cache is copied or padded.
-Query heads that share a key head become rows of one matrix (grouped-query attention, Ainslie et al. 2023), so that keys
-and values are read once. The weights are those of the model, used where they are; the heads are computed only at the
-positions that are asked for, and only the branch that is.
+Attention reads each stream's part of the cache where the scheduler has put it (`tidegate.model.attention`); no cache is
+copied or padded. The heads are computed only at the positions that are asked for, and only the branch that is.
 
 In exact arithmetic a stream's logits depend on its own tokens alone. In floating point, a matrix product may sum in
 another order when it has other rows beside it: how tokens are cut into forwards, and what shares them, changes logits
@@ -16,18 +14,20 @@ Knows no scheduling and no text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from tidegate.engine.scheduler import Piece, Step
 from tidegate.engine.slots import Move
 from tidegate.errors import GuardUnavailable
+from tidegate.model.attention import Attention, Span
+from tidegate.model.backbone import Backbone
 from tidegate.model.stream import Qwen3ForGuardModel
 from tidegate.types import Target
 
@@ -43,33 +43,12 @@ class Logits(NamedTuple):
     """``[positions, 8]`` of a response, ``[positions, 9]`` of a prompt."""
 
 
-class _Batch(NamedTuple):
-    """What all layers share."""
-
-    slots: Tensor
-    """Where in the cache each new position goes: int64 ``[new]``."""
-    cos: Tensor
-    """Rotary factors ``[new, 1, head_dim]``."""
-    sin: Tensor
-    parts: tuple[_Part, ...]
-
-
-class _Part(NamedTuple):
-    rows: slice
-    """Its new positions among those of the batch."""
-    region: slice
-    """Its positions in the cache, the new ones included."""
-    mask: Tensor | None
-    """What is added to its scores, ``[group * new, positions]``; None when nothing is hidden, or plainly causal."""
-    causal: bool
-    """All its positions are new."""
-
-
 class Runner:
     """A model and its cache, on the device and in the dtype of the model.
 
     Args:
-        model: the weights; used as they are, and must not change while streams are open.
+        model: the weights; they are laid out anew for inference, without a second copy (`tidegate.model.layout`), and
+            must not change while streams are open.
         positions: how many positions the cache has.
 
     Raises:
@@ -81,12 +60,12 @@ class Runner:
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             raise GuardUnavailable("the model has layers with sliding windows, which the engine does not compute")
         self._model = model
+        self._backbone = Backbone(model)
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
-        self._head_dim: int = config.head_dim
         weight = model.model.embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
-        shape = (config.num_hidden_layers, self._kv_heads, positions, self._head_dim)
+        shape = (config.num_hidden_layers, self._kv_heads, positions, config.head_dim)
         try:
             self._keys = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._values = torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -115,61 +94,20 @@ class Runner:
 
     def _forward(self, pieces: Sequence[Piece]) -> Tensor:
         """Hidden states before the final norm, ``[new, hidden]``."""
-        news = [len(piece.ids) for piece in pieces]
+        spans = [Span(piece.start, piece.cached, len(piece.ids)) for piece in pieces]
         ids = list(chain.from_iterable(piece.ids for piece in pieces))
-        positions = list(chain.from_iterable(range(p.cached, p.cached + n) for p, n in zip(pieces, news, strict=True)))
-        offsets = [piece.start for piece, new in zip(pieces, news, strict=True) for _ in range(new)]
-        numbers = torch.tensor([ids, positions, offsets]).to(self._device)
-        hidden = self._model.model.embed_tokens(numbers[0])
-        cos, sin = self._model.model.rotary_emb(hidden[None], numbers[1][None])
-        parts = tuple(self._parts(pieces))
-        batch = _Batch(numbers[1] + numbers[2], cos[0].unsqueeze(1), sin[0].unsqueeze(1), parts)
-        for layer, keys, values in zip(self._model.model.layers, self._keys, self._values, strict=True):
-            hidden = hidden + self._attention(layer, layer.input_layernorm(hidden), keys, values, batch)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden
+        positions = list(chain.from_iterable(range(span.cached, span.cached + span.new) for span in spans))
+        slots = list(chain.from_iterable(range(span.start + span.cached, span.stop) for span in spans))
+        rows = torch.tensor([ids, positions, slots]).to(self._device)
+        attention = Attention(spans, heads=self._heads, kv_heads=self._kv_heads, dtype=self._dtype, device=self._device)
 
-    def _parts(self, pieces: Sequence[Piece]) -> Iterator[_Part]:
-        row = 0
-        for piece in pieces:
-            new = len(piece.ids)
-            mask = self._mask(new, piece.cached) if new > 1 and piece.cached else None
-            region = slice(piece.start, piece.start + piece.cached + new)
-            yield _Part(slice(row, row + new), region, mask, causal=new > 1 and not piece.cached)
-            row += new
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = self._keys[layer], self._values[layer]
+            keys.index_copy_(1, rows[2], key.transpose(0, 1))
+            values.index_copy_(1, rows[2], value.transpose(0, 1))
+            return attention(query, keys, values)
 
-    def _mask(self, new: int, cached: int) -> Tensor:
-        """Each new position sees all cached ones, the new ones before it and itself; ``[group * new, positions]``."""
-        mask = torch.full((new, cached + new), -torch.inf, dtype=self._dtype, device=self._device)
-        return mask.triu_(cached + 1).repeat(self._heads // self._kv_heads, 1)
-
-    def _attention(self, layer: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor, batch: _Batch) -> Tensor:
-        """What attention adds to ``[new, hidden]``; writes the new keys and values ``[kv heads, positions, D]``."""
-        attention = layer.self_attn
-        shape = (len(hidden), -1, self._head_dim)
-        query = _rotated(attention.q_norm(attention.q_proj(hidden).view(shape)), batch)
-        key = _rotated(attention.k_norm(attention.k_proj(hidden).view(shape)), batch)
-        keys.index_copy_(1, batch.slots, key.transpose(0, 1))
-        values.index_copy_(1, batch.slots, attention.v_proj(hidden).view(shape).transpose(0, 1))
-        mixed = torch.empty_like(query)
-        for part in batch.parts:
-            seen = keys[:, part.region], values[:, part.region]
-            mixed[part.rows] = self._attend(query[part.rows], *seen, part, attention.scaling)
-        return attention.o_proj(mixed.view(len(hidden), -1))
-
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part, scale: float) -> Tensor:
-        """Attention of one stream: query ``[new, heads, D]``, keys and values ``[kv heads, positions, D]``."""
-        attend = nn.functional.scaled_dot_product_attention
-        keys, values = keys[None], values[None]
-        if part.causal:
-            query = query.transpose(0, 1)[None]
-            mixed = attend(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
-            return mixed[0].transpose(0, 1)
-        new, group = len(query), self._heads // self._kv_heads
-        query = query.view(new, self._kv_heads, group, -1).permute(1, 2, 0, 3)
-        rows = query.reshape(1, self._kv_heads, group * new, -1)
-        mixed = attend(rows, keys, values, attn_mask=part.mask, scale=scale)
-        return mixed.view(self._kv_heads, group, new, -1).permute(2, 0, 1, 3).reshape(new, self._heads, -1)
+        return self._backbone.forward(rows[0], rows[1], attend)
 
     def _read(self, pieces: Sequence[Piece], hidden: Tensor) -> list[Logits | None]:
         finite = torch.isfinite(hidden.abs().amax(-1)).tolist()
@@ -202,9 +140,3 @@ class Runner:
             inner = model.risk_level_category_layernorm(model.risk_level_category_pre(hidden))
             heads = model.risk_level_head(inner), model.category_head(inner)
         return Logits(*(head.float().cpu().numpy() for head in heads))
-
-
-def _rotated(heads: Tensor, batch: _Batch) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) of ``[new, heads, head_dim]``, halves paired as in Qwen3."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * batch.cos + torch.cat((-second, first), dim=-1) * batch.sin

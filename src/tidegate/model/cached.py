@@ -8,13 +8,15 @@ can be taken back from the end, for tokens that turned out otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from tidegate.errors import InputError, SessionClosed
-from tidegate.model.stream import Qwen3ForGuardModel, StreamLogits, attention_mask_for
+from tidegate.model.attention import Attention, Span
+from tidegate.model.backbone import Backbone
+from tidegate.model.stream import Qwen3ForGuardModel, StreamLogits
 
 __all__ = ["CachedText", "probabilities"]
 
@@ -31,12 +33,13 @@ class CachedText:
     held at once (and at least 128).
 
     Args:
-        model: in ``eval`` mode; with attention ``sdpa``, ``eager`` or `GROUPED_ATTENTION`.
+        model: in ``eval`` mode; its weights are laid out anew for inference (`tidegate.model.layout`).
         room: how many positions to make room for at the beginning; it grows when more come.
     """
 
     def __init__(self, model: Qwen3ForGuardModel, *, room: int = 0) -> None:
         self._model = model
+        self._backbone = Backbone(model)
         self._cache: _KeysAndValues | None = _KeysAndValues(model.config.num_hidden_layers, room)
 
     @property
@@ -97,54 +100,49 @@ class CachedText:
         return tokens.long()
 
     def _step(self, cache: _KeysAndValues, ids: Tensor) -> StreamLogits:
-        before, new = cache.length, len(ids)
-        positions = torch.arange(before, before + new, device=ids.device)
-        mask = None
-        if new > 1 and (before or self._model.config._attn_implementation == "eager"):
-            seen = torch.arange(before + new, device=ids.device) <= positions[:, None]
-            mask = attention_mask_for(self._model.config, seen[None, None], self._model.dtype)
-        output = self._model.model(
-            input_ids=ids[None],
-            attention_mask={"full_attention": mask},
-            position_ids=positions[None],
-            past_key_values=cache,
-            use_cache=True,
+        config, span = self._model.config, Span(0, cache.length, len(ids))
+        positions = torch.arange(span.cached, span.stop, device=ids.device)
+        attention = Attention(
+            [span],
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            dtype=self._model.dtype,
+            device=ids.device,
         )
-        cache.length = before + new
-        return StreamLogits(*(head[0] for head in self._model.heads(output.last_hidden_state)))
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attention(query, *cache.update(layer, key.transpose(0, 1), value.transpose(0, 1)))
+
+        hidden = self._backbone.forward(ids, positions, attend)
+        cache.length = span.stop
+        return self._model.heads(self._model.model.norm(hidden))
 
 
 class _KeysAndValues:
-    """What the layers of transformers ask of a cache: to put new keys and values behind those of before."""
-
-    is_compileable = False
+    """Keys and values of all layers, each ``[key_heads, room, head_dim]``."""
 
     def __init__(self, layers: int, room: int) -> None:
         self._room = room
         self._layers: list[Tensor | None] = [None] * layers
         self.length = 0
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of new positions, each ``[1, key_heads, positions, head_dim]``; gives those of all."""
-        end = self.length + keys.shape[2]
-        held = self._with_room(layer_idx, end, keys)
-        held[0, :, :, self.length : end] = keys
-        held[1, :, :, self.length : end] = values
-        return held[0, :, :, :end], held[1, :, :, :end]
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put those of new positions, ``[key_heads, positions, head_dim]``, behind those of before; gives all."""
+        end = self.length + keys.shape[1]
+        held = self._with_room(layer, end, keys)
+        held[0, :, self.length : end] = keys
+        held[1, :, self.length : end] = values
+        return held[0], held[1]
 
     def _with_room(self, layer: int, end: int, like: Tensor) -> Tensor:
         held = self._layers[layer]
-        if held is not None and held.shape[3] >= end:
+        if held is not None and held.shape[2] >= end:
             return held
         room = max(end + end // 4, self._room) if held is not None else max(end, self._room)
         room = -(-room // _BLOCK) * _BLOCK
-        _, heads, _, size = like.shape
-        larger = torch.zeros((2, 1, heads, room, size), dtype=like.dtype, device=like.device)
+        larger = torch.zeros((2, len(like), room, like.shape[2]), dtype=like.dtype, device=like.device)
         if held is not None:
-            larger[:, :, :, : self.length] = held[:, :, :, : self.length]
+            larger[:, :, : self.length] = held[:, :, : self.length]
         self._layers[layer] = larger
         return larger
 

@@ -1,0 +1,111 @@
+"""A Qwen3 backbone over the rows of one or many texts: every linear layer once over all of them.
+
+What the layers of transformers compute, in the same order of operations, with fewer of them: queries and keys of all
+heads are normed and rotated together, and the products are those of `tidegate.model.layout`. Where keys and values are
+kept, and which of them a row sees, is up to the caller.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from tidegate.model.layout import Projection, lay_out
+from tidegate.model.stream import Qwen3ForGuardModel
+
+__all__ = ["Attend", "Backbone"]
+
+
+class Attend(Protocol):
+    """Keeps the keys and values of new rows, and computes what the rows see."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """``query [rows, heads, head_dim]``, ``key`` and ``value [rows, key heads, head_dim]``; gives as ``query``."""
+        ...
+
+
+class _Layer(NamedTuple):
+    input_norm: Tensor
+    qkv: Projection
+    head_norms: Tensor
+    """Weights of the norms of all query heads and all key heads, ``[heads + key heads, head_dim]``."""
+    output: Projection
+    post_norm: Tensor
+    gate_up: Projection
+    activation: nn.Module
+    down: Projection
+
+
+class Backbone:
+    """The layers of a model, which are laid out anew for it (`tidegate.model.layout.lay_out`).
+
+    Args:
+        model: on its device and in its dtype; must not be changed while this is used.
+    """
+
+    def __init__(self, model: Qwen3ForGuardModel) -> None:
+        lay_out(model)
+        config = model.config
+        self._embeddings, self._rotary = model.model.embed_tokens, model.model.rotary_emb
+        self._eps: float = config.rms_norm_eps
+        self._heads: int = config.num_attention_heads
+        self._kv_heads: int = config.num_key_value_heads
+        self._head_dim: int = config.head_dim
+        self._layers = [self._layer(layer) for layer in model.model.layers]
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states before the final norm.
+
+        Args:
+            ids: int64 ``[rows]``.
+            positions: of each row in its text, int64 ``[rows]``.
+            attend: called once for each layer, in order.
+
+        Returns:
+            ``[rows, hidden]``.
+        """
+        hidden = self._embeddings(ids)
+        cos, sin = self._rotary(hidden[None], positions[None])
+        cos, sin = cos[0].unsqueeze(1), _half_negated(sin[0]).unsqueeze(1)
+        rows, both = len(ids), self._heads + self._kv_heads
+        for number, layer in enumerate(self._layers):
+            normed = F.rms_norm(hidden, hidden.shape[-1:], layer.input_norm, self._eps)
+            heads = layer.qkv(normed).view(rows, -1, self._head_dim)
+            query, key = self._rotated(heads[:, :both], layer.head_norms, cos, sin).split(
+                (self._heads, self._kv_heads), 1
+            )
+            mixed = attend(number, query, key, heads[:, both:])
+            hidden = hidden + layer.output(mixed.reshape(rows, -1))
+            normed = F.rms_norm(hidden, hidden.shape[-1:], layer.post_norm, self._eps)
+            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+            hidden = hidden + layer.down(layer.activation(gate) * up)
+        return hidden
+
+    def _rotated(self, heads: Tensor, weights: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Norm of each head, then rotary position embedding (Su et al. 2021), halves paired as in Qwen3."""
+        heads = F.rms_norm(heads, heads.shape[-1:], None, self._eps) * weights
+        first, second = heads.chunk(2, dim=-1)
+        return heads * cos + torch.cat((second, first), dim=-1) * sin
+
+    def _layer(self, layer: nn.Module) -> _Layer:
+        attention = layer.self_attn
+        norms = [attention.q_norm.weight] * self._heads + [attention.k_norm.weight] * self._kv_heads
+        return _Layer(
+            layer.input_layernorm.weight,
+            attention.qkv_proj,
+            torch.stack(norms).detach(),
+            attention.o_proj,
+            layer.post_attention_layernorm.weight,
+            layer.mlp.gate_up_proj,
+            layer.mlp.act_fn,
+            layer.mlp.down_proj,
+        )
+
+
+def _half_negated(sin: Tensor) -> Tensor:
+    """The factors of the swapped halves: the first half is what was the second one, negated."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)

@@ -2,58 +2,29 @@
 
     python benchmarks/stream_released.py [--model FOLDER | --shape 0.6b] [--dtype bfloat16] [--device cpu]
 
-Both are the same weights and the same streaming call (`tidegate.model.official_api`), measured in turns in one run: the
-released algorithm token by token, as it can do no other, and ours with 1, 8 and 16 tokens at a time behind contexts of
-several lengths. Times are medians per token. The labels of both are compared at 64 positions behind each context.
-Without ``--model`` the weights are random, which changes no time, and large enough that the context counts. Written are
-``stream_released.json`` and ``stream_released.md``.
+Both have the same weights, and are measured in turns in one run: the released algorithm token by token, as it can do no
+other (one forward of transformers over the whole text, with all heads at all positions), and ours with 1, 8 and 16
+tokens at a time behind contexts of several lengths. Times are medians per token; of the released algorithm behind long
+contexts as many as fit in ``--seconds``. The labels of both are compared at 64 positions behind each context. Without
+``--model`` the weights are random, which changes no time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable
+import copy
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-import transformers
 
+from stream_setup import arguments, built, keep, median, progress, seconds, table
 from tidegate.model.cached import CachedText
-from tidegate.model.loading import load_stream
-from tidegate.model.stream import GROUPED_ATTENTION, Qwen3ForGuardModel, StreamLogits, stream_config
-
-SHAPES: dict[str, dict[str, int]] = {
-    "0.6b": {
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "intermediate_size": 3072,
-        "guard_inner_size": 512,
-        "head_dim": 128,
-    },
-    "tiny": {
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "intermediate_size": 768,
-        "guard_inner_size": 128,
-        "head_dim": 32,
-    },
-}
-
+from tidegate.model.stream import Qwen3ForGuardModel, StreamLogits
 
 _COMPARED = 64
 """At so many positions behind a context the labels are compared."""
+_CLEAR = 0.1
+"""Two best classes that are nearer to each other than this, in probability, may change places by rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +35,13 @@ class Row:
     new: int
     """Tokens of one call of ours; the released algorithm takes one."""
     released_ms: float
+    released_repeats: int
     ours_ms: float
     ratio: float
     same_labels: float
     """Share of the labels, of the four heads at the compared positions, that are the same."""
+    same_clear_labels: float
+    """The same of those where the two best classes are further apart than rounding could turn round."""
     most_apart: float
     """Largest difference of a probability at these positions."""
 
@@ -75,83 +49,70 @@ class Row:
 def main() -> None:
     """Measure and write."""
     options = _options()
-    torch.set_num_threads(options.threads)
-    model = _model(options)
-    rows = []
+    released = built(options, attention="sdpa")
+    ours = copy.deepcopy(released)
+    rows: list[Row] = []
     for context in options.contexts:
-        rows += _rows(model, context, options)
+        progress(f"context {context}")
+        rows += _rows(released, ours, context, options)
         for row in rows[-len(options.new) :]:
-            print(json.dumps(asdict(row)), file=sys.stderr)
-    about = {
-        "model": options.model or f"{options.shape}, random weights",
-        "dtype": options.dtype,
-        "device": options.device,
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    found = {"about": about, "rows": [asdict(row) for row in rows]}
-    (options.out / "stream_released.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (options.out / "stream_released.md").write_text(_table(rows, about), encoding="utf-8")
+            progress(f"{row.new} at a time: {row.released_ms} / {row.ours_ms} ms = {row.ratio} x")
+    head = "context|tokens a call|released, ms/token|ours, ms/token|ratio|same labels|of the clear ones|most apart"
+    keep("stream_released", options, {"rows": [asdict(row) for row in rows]}, table(head, map(_cells, rows)))
+
+
+def _cells(row: Row) -> list[object]:
+    ratio, same, clear = f"{row.ratio} x", f"{row.same_labels:.1%}", f"{row.same_clear_labels:.1%}"
+    return [row.context, row.new, row.released_ms, row.ours_ms, ratio, same, clear, row.most_apart]
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default=None, help="folder or hub name of a Stream checkpoint")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="0.6b", help="of random weights")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = arguments(__doc__ or "")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--new", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=60, help="for the released algorithm behind one context")
     return parser.parse_args()
 
 
-def _model(options: argparse.Namespace) -> Qwen3ForGuardModel:
-    if options.model:
-        return load_stream(options.model, dtype=options.dtype, device=options.device)
-    torch.manual_seed(0)
-    config = stream_config(**SHAPES[options.shape])
-    config._attn_implementation = GROUPED_ATTENTION
-    model = Qwen3ForGuardModel(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model.to(dtype=getattr(torch, options.dtype), device=options.device)
-
-
-def _rows(model: Qwen3ForGuardModel, context: int, options: argparse.Namespace) -> list[Row]:
-    """One round of everything first, which is not counted; then rounds in turns, so that both meet the same machine."""
-    most = max(_COMPARED, *options.new)
-    ids = torch.randint(0, model.config.vocab_size, (context + most,), device=model.device)
-    text = CachedText(model, room=context + most)
+def _rows(
+    released: Qwen3ForGuardModel, ours: Qwen3ForGuardModel, context: int, options: argparse.Namespace
+) -> list[Row]:
+    """First both say what they think of the same positions, which also warms them up; then they are timed in turns."""
+    device, most = released.device, max(_COMPARED, *options.new)
+    ids = torch.randint(
+        0, released.config.vocab_size, (context + most,), generator=torch.Generator().manual_seed(context)
+    )
+    ids = ids.to(device)
+    text = CachedText(ours, room=context + most)
     text.append(ids[:context])
-    released: list[float] = []
-    ours: dict[int, list[float]] = {new: [] for new in options.new}
-    whole = StreamLogits(*(head[0, context:] for head in _whole(model, ids)))
+    whole = StreamLogits(*(head[0, context:] for head in _whole(released, ids)))
     agreement = {new: _agreement(whole, _in_pieces(text, ids[context:], new)) for new in options.new}
-    for turn in range(options.repeats + 1):
-        seconds = _timed(model, lambda: _whole(model, ids[: context + 1]))
-        if turn:
-            released.append(seconds)
+    theirs: list[float] = []
+    times: dict[int, list[float]] = {new: [] for new in options.new}
+    for turn in range(options.repeats):
+        if turn < 2 or sum(theirs) * (turn + 1) / turn <= options.seconds:
+            theirs.append(seconds(lambda: _whole(released, ids[: context + 1]), device))
         for new in options.new:
-            seconds = _timed(model, lambda new=new: text.append(ids[context : context + new]))
+            text.append(ids[context : context + new])
             text.crop(context)
-            if turn:
-                ours[new].append(seconds / new)
-    base = statistics.median(released)
-    rows = []
-    for new in options.new:
-        per_token = statistics.median(ours[new])
-        same, apart = agreement[new]
-        ratio = round(base / per_token, 1)
-        rows.append(Row(context, new, round(base * 1e3, 2), round(per_token * 1e3, 3), ratio, same, apart))
-    return rows
+            times[new].append(seconds(lambda new=new: text.append(ids[context : context + new]), device) / new)
+            text.crop(context)
+    base = median(theirs)
+    return [
+        Row(
+            context=context,
+            new=new,
+            released_ms=round(base * 1e3, 2),
+            released_repeats=len(theirs),
+            ours_ms=round(median(times[new]) * 1e3, 3),
+            ratio=round(base / median(times[new]), 1),
+            same_labels=agreement[new][0],
+            same_clear_labels=agreement[new][1],
+            most_apart=agreement[new][2],
+        )
+        for new in options.new
+    ]
 
 
 def _whole(model: Qwen3ForGuardModel, ids: torch.Tensor) -> StreamLogits:
@@ -168,37 +129,18 @@ def _in_pieces(text: CachedText, ids: torch.Tensor, new: int) -> StreamLogits:
     return StreamLogits(*(torch.cat(head) for head in zip(*parts, strict=True)))
 
 
-def _timed(model: Qwen3ForGuardModel, call: Callable[[], StreamLogits]) -> float:
-    start = time.perf_counter()
-    call()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter() - start
-
-
-def _agreement(one: StreamLogits, other: StreamLogits) -> tuple[float, float]:
-    same = torch.stack([a.argmax(-1) == b.argmax(-1) for a, b in zip(one, other, strict=True)])
-    apart = max(
-        float((a.float().softmax(-1) - b.float().softmax(-1)).abs().max()) for a, b in zip(one, other, strict=True)
-    )
-    return round(float(same.float().mean()), 4), round(apart, 6)
-
-
-def _table(rows: list[Row], about: dict[str, object]) -> str:
-    lines = [
-        "# One stream: the released algorithm against ours",
-        "",
-        ", ".join(f"{name} {value}" for name, value in about.items()),
-        "",
-        "| context | tokens a call | released, ms/token | ours, ms/token | ratio | same labels | most apart |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row.context} | {row.new} | {row.released_ms} | {row.ours_ms} | {row.ratio} | {row.same_labels:.1%} "
-        f"| {row.most_apart} |"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+def _agreement(one: StreamLogits, other: StreamLogits) -> tuple[float, float, float]:
+    """Shares of equal labels, of all and of the clear ones, and the largest difference of a probability."""
+    same, clear, apart = [], [], 0.0
+    for a, b in zip(one, other, strict=True):
+        theirs, ours = a.float().softmax(-1), b.float().softmax(-1)
+        best = theirs.topk(2).values
+        same.append(theirs.argmax(-1) == ours.argmax(-1))
+        clear.append(best[:, 0] - best[:, 1] > _CLEAR)
+        apart = max(apart, float((theirs - ours).abs().max()))
+    all_same, all_clear = torch.cat(same), torch.cat(clear)
+    shares = float(all_same.float().mean()), float(all_same[all_clear].float().mean())
+    return round(shares[0], 4), round(shares[1], 4), round(apart, 4)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +157,9 @@ def test_forms_take_turns_without_end(exports: dict[str, OnnxGenModel]) -> None:
 
 def _fields(form: Form) -> dict[str, object]:
     return {name: getattr(form, name) for name in form.__dataclass_fields__ if form.__dataclass_fields__[name].init}
+
+
+def test_exports_are_computed_without_torch() -> None:
+    """Of the project's modules that compute with an export, none needs torch."""
+    program = "import sys, tidegate.model.onnx_scoring; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

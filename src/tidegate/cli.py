@@ -33,7 +33,17 @@ from typer.core import TyperGroup
 from tidegate import __version__
 from tidegate.errors import GuardUnavailable, InputError, StoreError, TidegateError
 from tidegate.settings import Settings, read_settings
-from tidegate.types import Action, Conversation, Decision
+from tidegate.types import (
+    Action,
+    Conversation,
+    Decision,
+    GuardFailure,
+    Probabilities,
+    Scope,
+    Severity,
+    Target,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from socket import socket as Socket  # noqa: N812 - reads as a type
@@ -47,7 +57,7 @@ if TYPE_CHECKING:
     from tidegate.data.check import Tally
     from tidegate.guards import StreamGuard
     from tidegate.moderate import Step
-    from tidegate.policy import Policy
+    from tidegate.policy import Explanation, Policy, PolicySource, Replay
     from tidegate.store import Store
 
 __all__ = ["app"]
@@ -87,12 +97,14 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train a guard from a recipe.")
 app.add_typer(train_app, name="train")
+policy_app = typer.Typer(no_args_is_help=True, help="Policies: check a file, explain a decision, try a candidate.")
+app.add_typer(policy_app, name="policy")
 decisions_app = typer.Typer(no_args_is_help=True, help="Kept decisions: export, delete, purge; how the store is.")
 app.add_typer(decisions_app, name="decisions")
 
 GuardOption = Annotated[str | None, typer.Option("--guard", metavar="SPEC", help="Which guard judges; see guards.")]
 PolicyOption = Annotated[
-    str | None, typer.Option("--policy", metavar="FILE", help="A preset (strict, balanced, loose) or a policy file.")
+    str | None, typer.Option("--policy", metavar="FILE", help="A policy file, or a preset, as balanced.")
 ]
 DatabaseOption = Annotated[
     str | None,
@@ -431,26 +443,36 @@ _DEMO_SHUTDOWN: Final = 2
 
 def _serve(settings: Settings, *, demo: bool) -> None:
     from tidegate.guards import load_guard
-    from tidegate.policy import load_policy
+    from tidegate.policy import WatchedPolicy
 
-    policy = load_policy(settings.policy)
+    policy = WatchedPolicy(settings.policy)
     guard = load_guard(settings.guard)
+    fallback = None if settings.guard == "edge" else load_guard("edge")
     with (
         _listening(settings.host, settings.port, settings.client_timeout) as socket,
         _open_store(settings) as store,
     ):
-        application = _application(settings, guard, policy, store, demo=demo)
+        application = _application(settings, guard, fallback, policy, store, demo=demo)
         address = _address(socket)
         words = (f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz")
         _run_server(_server_config(application, settings.shutdown_timeout, settings.log_level), socket, words)
 
 
-def _application(settings: Settings, guard: StreamGuard, policy: Policy, store: Store, *, demo: bool) -> Starlette:
-    """The gateway and the console in one app; it closes the guard and the store when it ends."""
+def _application(
+    settings: Settings,
+    guard: StreamGuard,
+    fallback: StreamGuard | None,
+    policy: PolicySource,
+    store: Store,
+    *,
+    demo: bool,
+) -> Starlette:
+    """The gateway and the console in one app; it closes the guards and the store when it ends."""
     from tidegate.console.app import create_console
     from tidegate.gateway.app import create_app
     from tidegate.gateway.asking import Asking
     from tidegate.gateway.upstream import Upstream
+    from tidegate.guards.breaker import BreakerOptions
 
     key = None if settings.upstream_key is None else settings.upstream_key.get_secret_value()
     asking = None
@@ -474,6 +496,8 @@ def _application(settings: Settings, guard: StreamGuard, policy: Policy, store: 
     return create_app(
         guard=guard,
         policy=policy,
+        fallback=fallback,
+        breaker=BreakerOptions(),
         keep=store.keep,
         upstream_url=settings.upstream_url,
         upstream_key=key,
@@ -717,6 +741,225 @@ def _action(word: str) -> Action:
         return Action.parse(word)
     except ValueError as error:
         raise InputError(str(error), where="action") from None
+
+
+# --- policies -----------------------------------------------------------------------------------------------------
+
+PolicyArgument = Annotated[str, typer.Argument(metavar="FILE", help="A policy file, or the name of a preset.")]
+
+
+@policy_app.command("check")
+def check_policies(
+    policies: Annotated[list[str], typer.Argument(metavar="FILE...", help="Policy files, or names of presets.")],
+) -> None:
+    """Read policy files: one line for each, or the place of its first error. Exit code 0: all good, 2: one is not."""
+    from tidegate.errors import PolicyError
+    from tidegate.policy import load_policy
+
+    wrong = False
+    for name in policies:
+        try:
+            policy = load_policy(name)
+        except PolicyError as error:
+            wrong = True
+            _say(f"tidegate: {error}", style="red")
+            continue
+        observed = sum(rule.observe for rule in policy.all_rules)
+        row = {
+            "file": name,
+            "name": policy.name,
+            "version": policy.version,
+            "rules": len(policy.all_rules),
+            "layers": [layer.name for layer in policy.layers],
+            "observed": len(policy.all_rules) if policy.observe else observed,
+        }
+        _print_json(row)
+    if wrong:
+        raise typer.Exit(WRONG)
+
+
+@policy_app.command("explain")
+def explain_policy(
+    policy: PolicyArgument,
+    severity: Annotated[str | None, typer.Option(help="What the guard says: safe, controversial or unsafe.")] = None,
+    category: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=P]", help="A category that it names, with its probability if any; repeatable."),
+    ] = None,
+    unsafe: Annotated[float | None, typer.Option(min=0, max=1, help="Its probability of unsafe.")] = None,
+    flagged: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Its probability of controversial and unsafe together.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="What was judged: prompt or response.")] = "prompt",
+    failure: Annotated[
+        str | None, typer.Option(metavar="KIND", help="The guard could not judge, as GuardTimeout; no --severity then.")
+    ] = None,
+    decision: Annotated[
+        str | None, typer.Option(metavar="ID", help="A kept decision, with its verdict and scope, instead.")
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="For whom.")] = None,
+    region: Annotated[str | None, typer.Option(help="For whom.")] = None,
+    route: Annotated[str | None, typer.Option(help="For whom.")] = None,
+    language: Annotated[str | None, typer.Option(help="For whom.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    database: DatabaseOption = None,
+) -> None:
+    """Say which rule of a policy wins for a verdict and a scope, and why each other one does not."""
+    from tidegate.policy import explain, load_policy
+
+    chosen = load_policy(policy)
+    if sum(given is not None for given in (severity, failure, decision)) != 1:
+        raise InputError("expected one of --severity, --failure and --decision")
+    scope = Scope(tenant, region, route, language)
+    if decision is not None:
+        said, scope = _kept_verdict(decision, database)
+    elif failure is not None:
+        said = GuardFailure(failure, "as given on the command line")
+    else:
+        said = _verdict_of(severity or "", category or [], unsafe, flagged, target)
+    told = explain(chosen, said, scope)
+    _print_json(told.as_json()) if as_json else _print_explanation(told)
+
+
+def _kept_verdict(identity: str, database: str | None) -> tuple[Verdict | GuardFailure, Scope]:
+    with _kept(database) as store:
+        kept = asyncio.run(store.decision(identity))
+    if kept is None:
+        raise InputError("there is no such decision", where="decision")
+    said = kept.decision.verdict or kept.decision.failure
+    assert said is not None, "a decision has either a verdict or a failure"
+    return said, kept.decision.scope
+
+
+def _verdict_of(
+    severity: str, categories: Sequence[str], unsafe: float | None, flagged: float | None, target: str
+) -> Verdict:
+    """A verdict as it is given on the command line; probabilities that are left out fit the severity."""
+    try:
+        level, judged = Severity.parse(severity), Target(target)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    likely = 0.9 if level is Severity.UNSAFE else 0.05
+    most = max(likely if flagged is None else flagged, 0.0 if unsafe is None else unsafe)
+    if flagged is None and level is not Severity.SAFE:
+        most = max(most, 0.95)
+    least = min(likely if unsafe is None else unsafe, most)
+    if flagged is not None and flagged < least:
+        raise InputError(
+            "a text that is unsafe is also flagged: expected a probability that is no less", where="flagged"
+        )
+    named: list[str] = []
+    shares: dict[str, float] = {}
+    for given in categories:
+        name, equals, share = given.rpartition("=")
+        if not equals:
+            named.append(given)
+            continue
+        try:
+            shares[name] = float(share)
+        except ValueError:
+            raise InputError(f"expected a probability after the =, got {share!r}", where="category") from None
+        if not 0 <= shares[name] <= 1:
+            raise InputError(f"expected a probability from 0 to 1, got {share!r}", where="category")
+        named.append(name)
+    return Verdict(judged, level, Probabilities(1 - most, most - least, least), tuple(named), shares, guard="given")
+
+
+def _print_explanation(told: Explanation) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    one = told.decision
+    console.print(Text(one.action.word.upper(), style=_STYLES[one.action]).append(f"  {one.rule}", style="default"))
+    console.print(f"  {told.because}")
+    if one.observed is not None:
+        console.print(f"  with all that is only observed: {one.observed.action.word} by {one.observed.rule}")
+    console.print(Text("layers", style="bold"))
+    console.print(f"  {' < '.join(told.layers)}")
+    if told.categories:
+        console.print(Text("categories", style="bold"))
+    for name, there, why in told.categories:
+        console.print(
+            Text(f"  {'present' if there else 'not present':<12}", style="dim").append(name).append(f": {why}")
+        )
+    if told.tried:
+        console.print(Text("rules, in the order in which they were tried", style="bold"))
+    for each in told.tried:
+        mark = "observed" if each.matched and each.observed else "matches" if each.matched else "no"
+        where = f" ({each.layer})" if each.layer != "default" else ""
+        of = f"{each.category}: " if each.category else ""
+        console.print(
+            Text(f"  {mark:<9}", style="green" if mark == "matches" else "dim").append(
+                f"{of}{each.rule}{where}: {each.why}"
+            )
+        )
+    console.print(Text("what holds", style="bold"))
+    width = max(len(setting.name) for setting in told.settings) + 2
+    for setting in told.settings:
+        words = _visible(" ".join(setting.value.split()))
+        console.print(
+            Text(f"  {setting.name:<{width}}", style="dim").append(words).append(f"  [{setting.layer}]", "dim")
+        )
+
+
+@policy_app.command("replay")
+def replay_policy(
+    candidate: PolicyArgument,
+    since: Annotated[str, typer.Option(metavar="TIME", help="From then on: 7d, 12h, 2026-11-21T08:00Z.")] = "7d",
+    until: Annotated[str | None, typer.Option(metavar="TIME", help="From before then.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Compare with this policy, not with what was done.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, max=1000, help="Examples for each kind of change.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    database: DatabaseOption = None,
+) -> None:
+    """Decide kept decisions again with a candidate policy, and show what it would change. No guard is asked."""
+    from tidegate.policy import Replay, load_policy
+
+    replay = Replay(
+        load_policy(candidate), against=None if against is None else load_policy(against), most_examples=examples
+    )
+    with _kept(database) as store:
+        for kept in store.history(since=_time(since, "since"), until=_time(until, "until")):
+            replay.add(kept.id, kept.decision)
+    _print_json(replay.as_json()) if as_json else _print_replay(replay)
+
+
+def _print_replay(replay: Replay) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{replay.decisions:,} decisions, {replay.changed:,} would change: "
+        f"{replay.stricter:,} to stricter, {replay.milder:,} to milder"
+    )
+    notes = [
+        (replay.observed, "would also change if all that the candidate only observes were in force"),
+        (replay.failures, "have no verdict: the candidate's word on failures was taken"),
+        (replay.estimates, "are from streams: a stricter candidate might have stopped them earlier"),
+    ]
+    for count, note in notes:
+        if count:
+            _say(f"{count:,} {note}")
+    if not replay.changed:
+        return
+    table = Table("before", "after", "decisions", box=None, pad_edge=False, header_style="bold")
+    for (before, after), number in sorted(replay.actions.items(), key=lambda one: -one[1]):
+        if before is not after:
+            table.add_row(Text(before.word, _STYLES[before]), Text(after.word, _STYLES[after]), f"{number:,}")
+    console.print(table)
+    rules = Table("rule before", "rule after", "decisions", box=None, pad_edge=False, header_style="bold")
+    for (old, new), number in replay.rules.most_common(20):
+        rules.add_row(old, new, f"{number:,}")
+    console.print(rules)
+    for change in replay.examples:
+        verdict, failure = change.before.verdict, change.before.failure
+        said = f"{verdict.severity.word} {', '.join(verdict.categories)}".strip() if verdict else ""
+        words = said or (failure.kind if failure else "")
+        console.print(
+            Text(change.identity, "dim").append(
+                f"  {change.before.action.word} ({change.before.rule}) -> "
+                f"{change.after.action.word} ({change.after.rule})  {words}",
+                style="not dim",
+            )
+        )
 
 
 # --- measure, train, export ---------------------------------------------------------------------------------------

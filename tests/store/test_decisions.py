@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import threading
+from collections import Counter
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -294,3 +297,30 @@ def test_a_forgotten_store_gives_its_thread_back(place: Place) -> None:
     gc.collect()
 
     assert not thread.is_alive()
+
+
+def _keep_in_process(place: Place, start: Any, name: str, number: int) -> None:
+    async def run() -> None:
+        start.wait()
+        with place.open() as store:
+            for _ in range(number):
+                await store.keep(decision(scope=Scope(tenant=name)), TALK, retention="hash")
+
+    asyncio.run(run())
+
+
+async def test_processes_that_open_and_write_the_same_database_at_once_lose_nothing(place: Place) -> None:
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(3)
+    processes = [context.Process(target=_keep_in_process, args=(place, start, f"tenant-{i}", 40)) for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        await asyncio.to_thread(process.join, 120)
+
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    with place.open() as store:
+        store.replay()
+        kept = await store.decisions(limit=1000)
+    assert Counter(one.decision.scope.tenant for one in kept) == {f"tenant-{i}": 40 for i in range(3)}
+    assert len({one.fingerprint for one in kept}) == 1  # they agreed on one key

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import sqlite3
 import subprocess
@@ -323,6 +322,23 @@ async def test_when_the_disk_of_sqlite_is_full_decisions_go_to_the_spool_and_the
     assert kept.conversation == long
 
 
+async def test_a_connection_that_leads_to_a_server_that_only_reads_is_given_up(place: Place) -> None:
+    if not place.in_postgresql:
+        pytest.skip("SQLite has no other server")
+    with place.open() as store:
+        await store.keep(decision(), TALK, retention="full")
+        store._database._engine.dispose()
+        with store._database.reading() as connection:  # the one that is taken next
+            connection.exec_driver_sql("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
+            connection.commit()
+        identity = await store.keep(decision(), TALK, retention="full")
+        assert "read-only" in (store.state().reason or "")
+        store.replay()
+
+        assert await store.decision(identity) is not None
+        assert store.state().up
+
+
 async def test_without_a_spool_a_database_that_is_down_is_a_store_error(
     place: Place, away: Callable[[bool], None]
 ) -> None:
@@ -378,14 +394,12 @@ def test_a_password_is_in_no_error(tmp_path: Path) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+def test_without_its_driver_postgresql_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(StoreError, match=r"pip install 'tidegate\[postgres\]'"):
+        open_store(f"postgresql://ann@/x?host={tmp_path}", spool=tmp_path / "spool")
+
+
 def test_postgresql_without_a_spool_needs_a_key(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="give the key"):
         open_store(f"postgresql://ann@/x?host={tmp_path}", spool_bytes=0)
-
-
-def test_threads_that_wait_for_a_replay_get_one_each(place: Place) -> None:
-    with place.open() as store:
-        asyncio.run(store.keep(decision(), TALK, retention="full"))
-        store.replay()
-        store.replay()
-        assert store.state().num_replayed == 0

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import sqlite3
 import stat
 import subprocess
 import sys
 import threading
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +17,7 @@ from tidegate.errors import StoreError
 from tidegate.policy import Retention
 from tidegate.store import Store, open_store
 from tidegate.store.schema import NEWEST
-from tidegate.types import Action, Conversation, Probabilities, Scope, Severity, Target, Verdict
+from tidegate.types import Action, Conversation, Probabilities, Severity, Target, Verdict
 
 
 @pytest.fixture
@@ -130,35 +127,6 @@ async def test_many_keeps_at_once_share_commits_and_all_are_kept(file: Path) -> 
     assert {one.id for one in kept} == set(identities)
     assert len(identities) == len(set(identities)) == 200
     assert store._writer.num_commits <= 3
-
-
-def _keep_in_process(url: str, start: Any, name: str, number: int) -> None:
-    async def run() -> None:
-        start.wait()
-        with open_store(url) as store:
-            for _ in range(number):
-                await store.keep(decision(scope=Scope(tenant=name)), TALK, retention="hash")
-
-    asyncio.run(run())
-
-
-async def test_processes_that_open_and_write_the_same_file_at_once_lose_nothing(file: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    start = context.Barrier(3)
-    processes = [
-        context.Process(target=_keep_in_process, args=(url_of(file), start, f"tenant-{i}", 40)) for i in range(3)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        await asyncio.to_thread(process.join, 120)
-
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    with open_store(url_of(file)) as store:
-        kept = await store.decisions(limit=1000)
-    assert Counter(one.decision.scope.tenant for one in kept) == {f"tenant-{i}": 40 for i in range(3)}
-    assert len({one.fingerprint for one in kept}) == 1  # they agreed on one key
-    assert sorted(path.name for path in file.parent.iterdir()) == ["kept.db", "kept.db.key"]
 
 
 def test_a_new_file_that_another_program_is_writing_is_waited_for(file: Path) -> None:

@@ -98,10 +98,15 @@ class Database:
             RowRefused: when the fault is with what was written.
             DatabaseDown: when it is with the database.
         """
-        with _explained("cannot keep decisions"), self._one_at_a_time, self._engine.connect() as plain:
-            connection = plain.execution_options(tidegate_writes=True)
-            with connection.begin():
-                yield connection
+        try:
+            with _explained("cannot keep decisions"), self._one_at_a_time, self._engine.connect() as plain:
+                connection = plain.execution_options(tidegate_writes=True)
+                with connection.begin():
+                    yield connection
+        except DatabaseDown:
+            if self.in_postgresql:  # after a failover, a connection may be sound and lead to the wrong server
+                self._engine.dispose()
+            raise
 
     def forget_deleted(self) -> None:
         """Have nothing of what was deleted on disk, as far as the database can: SQLite clears its write-ahead log.
@@ -229,8 +234,10 @@ _CONNECTION: Final = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
+    "prepare_threshold": None,
 }
-"""A connection whose other end has gone is noticed within seconds. What the URL says goes before this."""
+"""A connection whose other end has gone is noticed within seconds; nothing is left in it that a connection pooler
+between us and the server would mix up. What the URL says goes before this."""
 
 
 def _postgresql_engine(url: URL) -> sa.Engine:

@@ -70,10 +70,25 @@ class Cluster:
             assert self._server.poll() is None, (self._folder / "log").read_text()
             time.sleep(0.05)
 
+    def _family(self) -> list[psutil.Process]:
+        assert self._server is not None
+        server = psutil.Process(self._server.pid)
+        return [server, *server.children(recursive=True)]
+
+    def pause(self) -> None:
+        """Stop all of it: it takes connections and answers nothing."""
+        for process in self._family():
+            process.suspend()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        for process in self._family():
+            process.resume()
+
     def kill(self) -> None:
         """End all of it at once with SIGKILL, as a crash does."""
         assert self._server is not None
-        family = [psutil.Process(self._server.pid), *psutil.Process(self._server.pid).children(recursive=True)]
+        family = self._family()
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from kept import TALK, Place, decision, url_of
 from postgres import PATIENCE_S, Cluster, cluster
 from tidegate.errors import StoreError
-from tidegate.store import Store, open_store
+from tidegate.store import Store, open_store, patience
 from tidegate.store.database import DatabaseDown
 from tidegate.types import Action, Conversation, Scope
 
@@ -297,6 +297,28 @@ async def test_a_full_spool_refuses_with_a_store_error(place: Place, away: Calla
         away(False)
         store.replay()
         await store.keep(decision(), TALK, retention="full")
+
+
+async def test_when_postgresql_takes_connections_and_answers_nothing_decisions_go_to_the_spool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cluster() as server:
+        if server is None:
+            pytest.skip("PostgreSQL is not installed")
+        place = Place(server.url, tmp_path)
+        with place.open() as store:
+            identities = [await store.keep(decision(), TALK, retention="full")]
+            monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
+            server.pause()
+            identities += [await store.keep(decision(), TALK, retention="full") for _ in range(3)]
+            state = store.state()
+            monkeypatch.undo()
+            server.resume()
+            wait_until(lambda: not store.state().spool_bytes, "the replay")
+
+            assert not state.up
+            assert state.num_spooled == 3
+            assert {kept.id for kept in store.history()} == set(identities)
 
 
 async def test_when_the_disk_of_sqlite_is_full_decisions_go_to_the_spool_and_then_to_it(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import StaticPool
 
 from tidegate.errors import StoreError
+from tidegate.store.patience import impatient
 from tidegate.store.schema import ensure_schema
 
 __all__ = ["Database", "DatabaseDown", "RowRefused"]
@@ -246,6 +247,10 @@ def _postgresql_engine(url: URL) -> sa.Engine:
         engine = sa.create_engine(url, hide_parameters=True, pool_pre_ping=True, connect_args=options)
     except (ModuleNotFoundError, NoSuchModuleError):
         raise StoreError("PostgreSQL needs a driver: pip install 'tidegate[postgres]'") from None
+    connection_class = impatient(engine.dialect.dbapi)
+    sa.event.listen(
+        engine, "do_connect", lambda _dialect, _record, args, options: connection_class.connect(*args, **options)
+    )
     sa.event.listen(engine, "connect", _on_postgresql_connect)
     return engine
 

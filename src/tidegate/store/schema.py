@@ -6,6 +6,7 @@ that open a database at once wait for each other.
 
 from __future__ import annotations
 
+import math
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from alembic import command
 from alembic.config import Config
 
 from tidegate.errors import StoreError
+from tidegate.store.patience import let_it_take
 from tidegate.store.tables import keys_table
 
 __all__ = ["NEWEST", "VERSION_TABLE", "ensure_schema"]
@@ -86,8 +88,10 @@ def _migrate(connection: sa.Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
     config.attributes["connection"] = connection
+    let_it_take(connection, math.inf)
     with _ONE_AT_A_TIME:
         command.upgrade(config, NEWEST)
+    let_it_take(connection, None)
 
 
 def _check_key(connection: sa.Connection, name: str) -> None:

@@ -360,7 +360,7 @@ async def test_without_a_prefix_cache_all_is_the_same_but_the_cost(
 
 # --- failures -----------------------------------------------------------------------------------------------------
 
-BUSY = Reply.error(503, "starting")
+BUSY = Reply.error(503, "starting", headers={"retry-after": "0"})
 
 
 @pytest.mark.parametrize(

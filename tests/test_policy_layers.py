@@ -175,6 +175,22 @@ layers: {region: {EU: {thresholds: {PII: 0.2}}}}
     assert decide(chosen, said).rule == "otherwise"
 
 
+def test_a_decision_is_about_its_own_subject_and_no_subject_is_remembered() -> None:
+    chosen = policy(
+        "rules: [{name: a, severity: unsafe, action: block, observe: true}]\nlayers: {tenant: {t: {debounce: 3}}}"
+    )
+    failure = GuardFailure("GuardTimeout", "late")
+    for subject in ("ada", "bob", None, "ada"):
+        scope = Scope(tenant="t", subject=subject)
+        for target in Target:
+            assert decide(chosen, verdict(target=target), scope).scope.subject == subject
+        assert decide(chosen, failure, scope).scope.subject == subject
+        watching = chosen.for_scope(scope, Target.PROMPT).observing
+        assert watching is not None
+        assert watching.scope.subject == subject
+    assert {scope.subject for scope in chosen._at} | {scope.subject for scope, _ in chosen._scoped} == {None}
+
+
 scopes = st.builds(
     Scope,
     st.none() | st.sampled_from(["a", "a-1", "a-12", "b"]),

@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 from tidegate.errors import GuardError, GuardTimeout, GuardUnavailable, InputError
 from tidegate.guards.base import Session, StreamGuard
 from tidegate.guards.breaker import Breaker, Call
-from tidegate.guards.session import TextSession
+from tidegate.guards.session import TextSession, check_written
 from tidegate.guards.terms import Terms, on_terms
 from tidegate.types import Channel, Conversation, Span, TokenVerdict, Verdict
 
@@ -116,7 +116,12 @@ class ResilientGuard:
     def open(
         self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
     ) -> ResilientSession:
-        """Open a session: see `StreamGuard.open`. The guard itself is asked with the first piece of text."""
+        """Open a session: see `StreamGuard.open`. The guard itself is asked with the first piece of text.
+
+        Raises:
+            InputError: for a channel in which no assistant writes.
+        """
+        check_written(channel)
         about = {"reasoning": reasoning, "name": name}
         return ResilientSession(self, lambda guard: guard.open(context, channel, **about))
 

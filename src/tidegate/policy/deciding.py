@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -185,7 +186,7 @@ class Policy:
         if found is None:
             if len(self._at) >= _REMEMBERED:
                 self._at.clear()
-            found = self._at[scope] = self._laid(self.layers_for(scope))
+            found = self._at[replace(scope, subject=None)] = self._laid(self.layers_for(scope))
         return found
 
     def _laid(self, layers: Iterable[Layer]) -> Policy:
@@ -210,13 +211,13 @@ class Policy:
 
         A stream asks once and then calls `ScopedPolicy.action` for each token.
         """
-        key = (scope, target)
-        scoped = self._scoped.get(key)
+        scoped = self._scoped.get((scope, target))
         if scoped is None:
             if len(self._scoped) >= _REMEMBERED:
                 self._scoped.clear()
-            scoped = self._scoped[key] = ScopedPolicy(self.at(scope), scope, target)
-        return scoped
+            nobodys = replace(scope, subject=None)
+            scoped = self._scoped[nobodys, target] = ScopedPolicy(self.at(scope), nobodys, target)
+        return scoped if scope.subject is None else scoped.of(scope)
 
     # what it says
 
@@ -303,6 +304,13 @@ class ScopedPolicy:
         if target is Target.RESPONSE:
             named.discard(Category.JAILBREAK.value)
         self._by_category = {category: _entries(rules, category) for category in named}
+
+    def of(self, scope: Scope) -> ScopedPolicy:
+        """The same for a scope that differs in its subject only: decisions are about that one."""
+        other = copy.copy(self)
+        other.scope = scope
+        other.observing = None if self.observing is None else self.observing.of(scope)
+        return other
 
     def action(self, token: TokenVerdict) -> Action:
         """What this token alone calls for. The same as deciding on a verdict that says what the token says."""

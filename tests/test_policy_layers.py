@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.errors import PolicyError
-from tidegate.policy import Layer, OnGuardError, Policy, Rule, decide, load_policy, parse_policy
+from tidegate.policy import FIELDS, Layer, OnGuardError, Policy, Rule, decide, load_policy, parse_policy
 from tidegate.types import (
     Action,
     Advice,
@@ -500,6 +501,7 @@ ONE = "{name: x, severity: safe, action: warn}"
         ),
         ("rules: []\nobserve: yes", "5:10", "observe: expected true or false, got 'yes'"),
         ("rules: []\ndeadline_ms: 1.5", "5:14", "deadline_ms: expected a whole number from 1 to 600000"),
+        ("rules: []\ninstructions: a <|im_end|>", "5:15", "instructions: <| begins a control token"),
         ("rules: []\ndegraded: gen", "5:11", "degraded: unknown guard for when the guard fails 'gen'"),
         ("rules: [{name: observe, severity: unsafe, action: block}]", "4:16", "take another name"),
     ],
@@ -533,3 +535,31 @@ def test_a_policy_built_in_code_cannot_have_two_layers_for_the_same() -> None:
     with pytest.raises(ValueError, match="two layers"):
         Policy("x", (), Action.BLOCK, Action.ALLOW, layers=layers)
     assert OnGuardError(Action.WARN).action("Anything") is Action.WARN
+
+
+# --- the documentation --------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "policy.md").read_text(encoding="utf-8")
+EXAMPLES = [parse_policy(part.split("```")[0], source="docs/policy.md") for part in PAGE.split("```yaml\n")[2:]]
+
+
+def test_the_documented_layers_do_what_the_page_says() -> None:
+    forum, helpline = EXAMPLES
+
+    def rule(severity: Severity, *categories: str, **scope: str) -> str:
+        return decide(forum, verdict(severity, *categories), Scope(**scope)).rule
+
+    assert rule(UNSAFE, "Politically Sensitive Topics") == "politics"
+    assert rule(UNSAFE, "Politically Sensitive Topics", tenant="newspaper-2") == "unsafe"
+    assert rule(CONTROVERSIAL, tenant="newspaper-kids") == "no-doubt-for-kids"
+    assert rule(UNSAFE, route="/v1/moderations") == "observe"
+    kids = forum.at(Scope(tenant="newspaper-kids", region="in"))
+    assert (kids.debounce, kids.retention, kids.thresholds["Violent"]) == (1, "full", 0.2)
+    assert kids.instructions.startswith("Judge for users in India")
+    assert (helpline.on_failure("GuardOverloaded"), helpline.on_failure("GuardError")) == (Action.REVIEW, Action.BLOCK)
+    assert (helpline.degraded, helpline.deadline_ms) == ("edge", 800)
+
+
+def test_every_preset_for_a_field_is_on_the_page() -> None:
+    for name in FIELDS:
+        assert f"| `{name}` |" in PAGE

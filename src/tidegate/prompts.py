@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from tidegate.errors import InputError, UnreadableVerdict
@@ -120,6 +120,9 @@ class Draft(NamedTuple):
     ends: bool = False
 
 
+_END_OF_CONVERSATION: Final = "<END CONVERSATION>\n\n"
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """What a Gen guard is asked about one target, and the lines of its answer.
@@ -155,6 +158,16 @@ class Form:
         return Prompt(
             (Segment(self.opening, False), *_conversation(conversation.turns), Segment(_GAP + self.closing, False))
         )
+
+    def instructed(self, instructions: str) -> Form:
+        """The same form with instructions behind the conversation, so that the beginning stays that of all prompts.
+
+        They are the operator's words, and control tokens in them would count: whoever takes them in refuses those.
+        """
+        place = self.closing.find(_END_OF_CONVERSATION)
+        place = 0 if place < 0 else place + len(_END_OF_CONVERSATION)
+        block = f"<BEGIN ADDITIONAL INSTRUCTIONS>\n{instructions}\n<END ADDITIONAL INSTRUCTIONS>\n\n"
+        return replace(self, closing=self.closing[:place] + block + self.closing[place:])
 
     @property
     def fixed_beginning(self) -> Prompt:
@@ -422,7 +435,7 @@ def _opening(target: Target, severities: str, categories: Sequence[str], *, refu
 def _closing(target: Target, lines: Sequence[str]) -> str:
     asked = "\n".join(lines)
     return (
-        "<END CONVERSATION>\n\n"
+        f"{_END_OF_CONVERSATION}"
         f"Provide your safety assessment for ONLY THE LAST **{_WHO[target]}** in the above conversation:\n{asked}"
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )

@@ -27,6 +27,7 @@ from tidegate.engine.worker import Padding, Work, Worker, answers_of
 from tidegate.errors import GuardError, GuardUnavailable, InputError, SessionClosed, UnreadableVerdict
 from tidegate.guards.rejudged import RejudgedSession
 from tidegate.guards.session import OpenSessions
+from tidegate.guards.terms import Terms
 from tidegate.model.answers import Scores
 from tidegate.model.onnx_backbone import is_export
 from tidegate.model.onnx_scoring import OnnxGenModel
@@ -115,6 +116,13 @@ class GenGuard:
             raise InputError(f"unknown adapter {adapter!r}; {known}", where="adapter")
         guard = copy.copy(self)
         guard._adapter = adapter
+        return guard
+
+    def on_terms(self, terms: Terms) -> GenGuard:
+        """The same guard, told the instructions of the terms; it heeds nothing else of them."""
+        guard = copy.copy(self)
+        if terms.instructions:
+            guard._forms = {target: form.instructed(terms.instructions) for target, form in self._forms.items()}
         return guard
 
     @property

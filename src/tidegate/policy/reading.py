@@ -321,7 +321,7 @@ def _read_settings(keys: Mapping[str, _At], categories: Sequence[str]) -> dict[s
         "deadline_ms": lambda at: at.whole_number(1, _LONGEST_DEADLINE_MS),
         "observe": _At.yes_or_no,
         "message": _read_message,
-        "instructions": _read_message,
+        "instructions": _read_instructions,
         "thresholds": lambda at: _read_thresholds(at, categories),
         "rules": lambda at: _read_rules(at, categories),
     }
@@ -341,6 +341,13 @@ def _read_name(at: _At) -> str:
 
 def _read_message(at: _At) -> str:
     return at.text(longest=MAX_MESSAGE).strip()
+
+
+def _read_instructions(at: _At) -> str:
+    text = _read_message(at)
+    if "<|" in text:
+        raise at.error("<| begins a control token of a model, and cannot be part of an instruction")
+    return text
 
 
 def _read_action(at: _At) -> Action:

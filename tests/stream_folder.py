@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
+from qwen_tokenizer import tiny_qwen_definition
 from tidegate.model.stream import Qwen3ForGuardModel, label_maps, stream_config
 
 TINY: dict[str, Any] = {
@@ -94,6 +96,21 @@ def write_checkpoint(
         placed |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": placed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def write_guard(folder: Path, definition: str = "", **changes: Any) -> Path:
+    """A checkpoint of the released layout with random weights and a tokenizer of Qwen's kind, by default a small one.
+
+    Args:
+        definition: the tokenizer.json; "" for the small one.
+        changes: fields of the config.
+    """
+    definition = definition or tiny_qwen_definition()
+    size = Tokenizer.from_str(definition).get_vocab_size()
+    config = official_config(vocab_size=size, torch_dtype="float32", **changes)
+    write_checkpoint(folder, tensors_of(tiny_model(vocab_size=size)), config=config)
+    (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
     return folder
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from serving import serving, wait_until
 from tidegate.errors import GuardOverloaded, GuardTimeout, GuardUnavailable, SessionClosed
@@ -26,7 +23,7 @@ from tidegate.testing import (
     completion,
     text_chunks,
 )
-from tidegate.types import Conversation, Severity, TokenVerdict
+from tidegate.types import Conversation, Severity
 
 
 def test_they_are_guards() -> None:
@@ -62,27 +59,6 @@ async def test_words_decide() -> None:
         "boot": Severity.SAFE,
     }
     assert (await guard.judge(Conversation.of("hm boo"))).categories == ("Violent",)
-
-
-@given(
-    text=st.text(alphabet="ab \n\té👧bomb", max_size=40),
-    places=st.lists(st.floats(0, 1), max_size=6),
-    end=st.booleans(),
-)
-async def test_sessions_do_not_depend_on_the_cut(text: str, places: list[float], end: bool) -> None:
-    """The promise of a Session: the same tokens for every cut, without a gap, to the end of the text."""
-
-    async def tokens(parts: list[str]) -> list[TokenVerdict]:
-        session = FakeStreamGuard(end_token=end).open(None)
-        found = [token for part in parts for token in await session.feed(part)]
-        return [*found, *await session.finish()]
-
-    at = sorted({0, len(text), *(int(place * len(text)) for place in places)})
-    whole = await tokens([text])
-
-    assert whole == await tokens([text[a:b] for a, b in itertools.pairwise(at)])
-    assert [token.span.start for token in whole] == [0, *(token.span.end for token in whole)][: len(whole)]
-    assert not text or whole[-1].span.end == len(text)
 
 
 async def test_trouble_comes_when_told() -> None:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from serving import until
 from tidegate.errors import (
-    GuardError,
     GuardOverloaded,
     GuardTimeout,
     GuardUnavailable,
@@ -453,18 +452,6 @@ async def test_cancelling_a_feed_ends_its_question_and_the_session() -> None:
     assert guard._open_questions == 0
     with pytest.raises(SessionClosed):
         await session.finish()
-
-
-async def test_a_session_takes_one_piece_at_a_time() -> None:
-    _, session, feeding = await hanging_question()
-
-    with pytest.raises(GuardError, match="one piece"):
-        await session.feed("more")
-
-    assert not feeding.done()
-    session.close()
-    with pytest.raises(SessionClosed):
-        await feeding
 
 
 async def test_a_first_guard_without_room_is_overload() -> None:

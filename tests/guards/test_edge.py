@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import random
 import shutil
@@ -16,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_folder import LINES, tiny_edge_folder
+from streams import assert_same, cut, streamed, values
 from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, InputError, SessionClosed, UnreadableVerdict
 from tidegate.guards import StreamGuard, edge, list_guards, load_guard
-from tidegate.guards.base import Session
-from tidegate.guards.edge import EdgeGuard, EdgeSession
+from tidegate.guards.edge import EdgeGuard
 from tidegate.guards.edge_config import Row, Thresholds
 from tidegate.guards.edge_engine import Engine, Logits
 from tidegate.guards.edge_engine import Sequence as CachedSequence
@@ -47,12 +46,6 @@ NOISE = 1e-5
 """Largest difference of a probability that fp32 may make when it adds in another order."""
 PROMPT = Conversation.of("how do i bake bread at home")
 CONTROL_WORDS = " ".join(CONTROL_TOKENS)
-EMOJI = ("👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "\ud83d", "\ude00")
-LETTERS = ("e\u0301\u0327", "㎏", "…", "ﬃ", "مرحبا", "한국어", "aaaaaaa", "\u200b", "  \n ", "<|end|>")
-AWKWARD = (*EMOJI, *LETTERS)
-TEXTS = st.lists(
-    st.one_of(st.sampled_from(AWKWARD), st.sampled_from(LINES), st.text(max_size=6)), max_size=8
-).map("".join)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,29 +63,6 @@ async def guard(folder: Path) -> AsyncIterator[EdgeGuard]:
 def shared(folder: Path) -> EdgeGuard:
     """A guard for tests that run an event loop for each of many examples."""
     return EdgeGuard(folder)
-
-
-def cut(text: str, places: list[int]) -> list[str]:
-    ends = [0, *sorted(min(place, len(text)) for place in places), len(text)]
-    return [text[start:end] for start, end in pairwise(ends)]
-
-
-async def streamed(session: Session, pieces: list[str]) -> list[TokenVerdict]:
-    verdicts: list[TokenVerdict] = []
-    for piece in pieces:
-        verdicts += await session.feed(piece)
-    return verdicts + list(await session.finish())
-
-
-def assert_same(some: list[TokenVerdict], others: list[TokenVerdict]) -> None:
-    assert [v.span for v in some] == [v.span for v in others]
-    for one, other in zip(some, others, strict=True):
-        assert values(one.probabilities) == pytest.approx(values(other.probabilities), abs=NOISE)
-        assert one.category_probability == pytest.approx(other.category_probability, abs=NOISE)
-
-
-def values(probabilities: Probabilities) -> tuple[float, float, float]:
-    return probabilities.safe, probabilities.controversial, probabilities.unsafe
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -131,24 +101,6 @@ class SlowEngine:
 
 
 # --- exactness
-
-
-@given(TEXTS, st.lists(st.integers(0, 200), max_size=8))
-@example("㎏ and 👩‍👩‍👧‍👦\ud83d", [1, 2, 8, 9, 10, 11])
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_verdicts_do_not_depend_on_how_the_text_is_cut(shared: EdgeGuard, text: str, places: list[int]) -> None:
-    async def both() -> tuple[list[TokenVerdict], list[TokenVerdict]]:
-        return (
-            await streamed(shared.open(PROMPT), [text]),
-            await streamed(shared.open(PROMPT), cut(text, places)),
-        )
-
-    whole, pieces = asyncio.run(both())
-    assert_same(whole, pieces)
-    spans = [v.span for v in whole]
-    assert spans[0].start == 0
-    assert all(before.end == after.start for before, after in pairwise(spans))
-    assert spans[-1].end == len(text)
 
 
 async def test_character_by_character_equals_at_once_over_several_windows(guard: EdgeGuard) -> None:
@@ -537,17 +489,6 @@ async def test_too_much_waiting_work_is_refused(folder: Path, monkeypatch: pytes
         assert len(await asyncio.gather(first, *waiting)) == 3
 
 
-async def test_too_many_open_sessions_are_refused_until_one_closes(folder: Path) -> None:
-    async with EdgeGuard(folder, most_sessions=2) as guard:
-        sessions = [guard.open(None), guard.open(PROMPT)]
-        with pytest.raises(GuardOverloaded):
-            guard.open(None)
-        sessions[0].close()
-        guard.open(None).close()
-        sessions[1].close()
-        assert guard.sessions == 0
-
-
 async def test_cancelled_work_is_never_computed(guard: EdgeGuard, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = SlowEngine(guard, monkeypatch)
     first = asyncio.create_task(guard.judge(PROMPT))
@@ -586,28 +527,6 @@ async def test_closing_a_session_ends_the_feed_that_is_running(
     assert running._sequence.cache is None
 
 
-async def test_a_session_is_used_up_by_finish_and_close_can_be_repeated(guard: EdgeGuard) -> None:
-    session = guard.open(None)
-    await session.feed("hello")
-    await session.finish()
-    session.close()
-    session.close()
-    for call in (session.feed("x"), session.finish()):
-        with pytest.raises(SessionClosed):
-            await call
-
-
-async def test_a_session_takes_one_piece_at_a_time(guard: EdgeGuard, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = SlowEngine(guard, monkeypatch)
-    session = guard.open(PROMPT)
-    first = asyncio.create_task(session.feed("hello there friend"))
-    await asyncio.to_thread(slow.entered.wait, 30)
-    with pytest.raises(GuardError, match="one piece"):
-        await session.feed("more")
-    slow.go.set()
-    assert await first
-
-
 async def test_closing_the_guard_refuses_what_waits_and_ends_its_thread(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -634,28 +553,6 @@ async def test_closing_the_guard_refuses_what_waits_and_ends_its_thread(
         await session.feed("hello there friend")
     with pytest.raises(SessionClosed):
         await guard.judge(PROMPT)
-
-
-async def test_nothing_is_left_after_many_sessions(guard: EdgeGuard) -> None:
-    gc.collect()
-
-    async def one(number: int) -> None:
-        session = guard.open(PROMPT)
-        await session.feed("hello there my friend " * (number % 7))
-        if number % 3 == 0:
-            await session.finish()
-        elif number % 3 == 1:
-            session.close()
-        # the others are forgotten
-
-    for start in range(0, 500, 50):
-        await asyncio.gather(*(one(number) for number in range(start, start + 50)))
-    gc.collect()
-    assert guard.sessions == 0
-    assert guard._engine.waiting == 0
-    assert len(asyncio.all_tasks()) == 1
-    left = [o for o in gc.get_objects() if type(o) is EdgeSession]
-    assert not left
 
 
 def test_one_guard_serves_several_event_loops(folder: Path) -> None:

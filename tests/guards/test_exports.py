@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
@@ -18,8 +17,9 @@ pytest.importorskip("onnx")
 from typer.testing import CliRunner  # noqa: E402
 
 from gen_folder import ABOUT_PROMPT, ABOUT_RESPONSE, FORMS, gen_folder, toy_rows  # noqa: E402
-from qwen_tokenizer import LINES, tiny_qwen_definition  # noqa: E402
-from stream_folder import official_config, tensors_of, tiny_model, write_checkpoint  # noqa: E402
+from qwen_tokenizer import LINES  # noqa: E402
+from stream_folder import write_guard  # noqa: E402
+from streams import streamed  # noqa: E402
 from tidegate.cli import app  # noqa: E402
 from tidegate.errors import GuardUnavailable, InputError  # noqa: E402
 from tidegate.guards import load_guard  # noqa: E402
@@ -39,19 +39,10 @@ ABOUT = {Target.PROMPT: ABOUT_PROMPT, Target.RESPONSE: ABOUT_RESPONSE}
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stream checkpoint whose window short texts outgrow."""
     folder = tmp_path_factory.mktemp("exports") / "stream"
-    size = Tokenizer.from_str(tiny_qwen_definition()).get_vocab_size()
-    config = official_config(vocab_size=size, torch_dtype="float32", max_position_embeddings=WINDOW)
-    write_checkpoint(folder, tensors_of(tiny_model(vocab_size=size)), config=config)
-    (folder / "tokenizer.json").write_text(tiny_qwen_definition(), encoding="utf-8")
+    write_guard(folder, max_position_embeddings=WINDOW)
     for precision in PRECISIONS:
         export_backbone(folder, folder.parent / precision, precision=precision)
     return folder
-
-
-async def streamed(guard: Qwen3StreamGuard, pieces: Sequence[str]) -> list[TokenVerdict]:
-    session = guard.open(ASKED)
-    verdicts = [verdict for piece in pieces for verdict in await session.feed(piece)]
-    return [*verdicts, *await session.finish()]
 
 
 def gap(one: Sequence[TokenVerdict], other: Sequence[TokenVerdict]) -> float:
@@ -74,7 +65,7 @@ async def test_fp32_says_what_the_checkpoint_says(checkpoint: Path) -> None:
             expected, verdict = await torch_guard.judge(conversation), await guard.judge(conversation)
             assert verdict.severity is expected.severity
             assert verdict.probabilities.unsafe == pytest.approx(expected.probabilities.unsafe, abs=NOISE)
-        assert gap(await streamed(torch_guard, [TEXT]), await streamed(guard, [TEXT])) < NOISE
+        assert gap(await streamed(torch_guard.open(ASKED), [TEXT]), await streamed(guard.open(ASKED), [TEXT])) < NOISE
         assert await guard.health() > 0
 
 
@@ -99,10 +90,10 @@ def test_neither_cuts_nor_company_nor_windows_change_a_verdict(
     async def run() -> None:
         texts = [TEXT[:length] for length, _ in zip(lengths, cuts, strict=False)]
         together = await asyncio.gather(
-            *(streamed(guard, _pieces(text, cut)) for text, cut in zip(texts, cuts, strict=True))
+            *(streamed(guard.open(ASKED), _pieces(text, cut)) for text, cut in zip(texts, cuts, strict=True))
         )
         for text, verdicts in zip(texts, together, strict=True):
-            assert gap(verdicts, await streamed(guard, [text])) < NOISE
+            assert gap(verdicts, await streamed(guard.open(ASKED), [text])) < NOISE
 
     asyncio.run(run())
 

@@ -8,13 +8,10 @@ import shutil
 import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
@@ -27,6 +24,7 @@ from gen_folder import (
     toy_rows,
     write_gen_folder,
 )
+from streams import streamed
 from tidegate.errors import (
     GuardError,
     GuardOverloaded,
@@ -40,6 +38,7 @@ from tidegate.guards.gen import GenGuard
 from tidegate.model.scoring import Scores
 from tidegate.prompts import OFFICIAL, Form, reason_form
 from tidegate.types import (
+    Channel,
     Conversation,
     Role,
     Severity,
@@ -299,38 +298,24 @@ def test_a_guard_serves_several_event_loops() -> None:
 # --- sessions -----------------------------------------------------------------------------------------------------
 
 
-def cut(text: str, places: Sequence[int]) -> list[str]:
-    ends = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
-    return [text[start:end] for start, end in pairwise(ends)]
-
-
-async def streamed(guard: GenGuard, pieces: Sequence[str]) -> list[TokenVerdict]:
-    session = guard.open(Conversation((ASKED,)))
-    tokens = [token for piece in pieces for token in await session.feed(piece)]
-    return [*tokens, *await session.finish()]
+async def said(guard: GenGuard, pieces: Sequence[str]) -> list[TokenVerdict]:
+    return await streamed(guard.open(Conversation((ASKED,))), pieces)
 
 
 LONG = (f"{SAFE} and maps and birds and songs and rivers ") * 20
 
 
-@pytest.fixture(scope="module")
-def shared() -> GenGuard:
-    return GenGuard(str(gen_folder()), forms=TOY)
+async def test_a_long_stream_is_judged_in_blocks_that_grow_with_it(guard: GenGuard) -> None:
+    guard._worker._model.score = always_safe  # type: ignore[union-attr,method-assign]
+    text = 3 * LONG
 
+    tokens = await said(guard, [text])
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(places=st.lists(st.integers(0, 2000), max_size=6))
-def test_verdicts_of_a_stream_do_not_depend_on_how_it_is_cut(shared: GenGuard, places: list[int]) -> None:
-    shared._worker._model.score = always_safe  # type: ignore[union-attr,method-assign]
-
-    async def both() -> tuple[list[TokenVerdict], list[TokenVerdict]]:
-        return await streamed(shared, [LONG]), await streamed(shared, cut(LONG, places))
-
-    whole, pieces = asyncio.run(both())
-    assert pieces == whole
-    assert [token.span.start for token in whole] == [0, *(token.span.end for token in whole[:-1])]
-    assert (whole[-1].span.start, whole[-1].span.end) == (len(LONG), len(LONG))
-    assert len(whole) > 4
+    widths = [token.span.end - token.span.start for token in tokens]
+    *blocks, last, _ = widths
+    assert blocks == [max(240, sum(blocks[:place]) // 8) for place in range(len(blocks))]
+    assert blocks[0] < blocks[-1] >= last
+    assert (sum(widths), widths[-1]) == (len(text), 0)
 
 
 def always_safe(form: Form, prompts: Sequence[Sequence[int]], *_: object) -> list[Scores]:
@@ -342,7 +327,7 @@ def always_safe(form: Form, prompts: Sequence[Sequence[int]], *_: object) -> lis
 async def test_a_short_stream_is_judged_at_its_end_as_a_whole_text_is(guard: GenGuard) -> None:
     for text in (SAFE, UNSAFE):
         verdict = await guard.judge(Conversation((ASKED, Turn(Role.ASSISTANT, text))))
-        tokens = await streamed(guard, list(text))
+        tokens = await said(guard, list(text))
         assert [(token.span.start, token.span.end) for token in tokens] == [(0, len(text)), (len(text), len(text))]
         assert {token.severity for token in tokens} == {verdict.severity}
         assert {token.category for token in tokens} == {verdict.categories[0] if verdict.categories else None}
@@ -351,26 +336,14 @@ async def test_a_short_stream_is_judged_at_its_end_as_a_whole_text_is(guard: Gen
 
 async def test_a_stream_without_text_has_one_verdict(guard: GenGuard) -> None:
     guard._worker._model.score = always_safe  # type: ignore[union-attr,method-assign]
-    (token,) = await streamed(guard, ["", ""])
+    (token,) = await said(guard, ["", ""])
     assert (token.span.start, token.span.end, token.severity) == (0, 0, Severity.SAFE)
 
 
 async def test_a_flagged_stream_names_its_category(guard: GenGuard) -> None:
-    token = (await streamed(guard, [UNSAFE]))[0]
+    token = (await said(guard, [UNSAFE]))[0]
     assert (token.severity, token.category) == (Severity.UNSAFE, "Violent")
     assert token.category_probability > 0.5
-
-
-async def test_a_session_ends_with_finish_and_with_close(guard: GenGuard) -> None:
-    session = guard.open(Conversation((ASKED,)))
-    assert guard.sessions == 1
-    await session.feed(SAFE)
-    await session.finish()
-    assert guard.sessions == 0
-    for call in (session.feed("x"), session.finish()):
-        with pytest.raises(SessionClosed):
-            await call
-    session.close()
 
 
 async def test_a_session_may_be_closed_while_it_judges(guard: GenGuard) -> None:
@@ -387,22 +360,26 @@ async def test_a_session_may_be_closed_while_it_judges(guard: GenGuard) -> None:
     assert (guard.sessions, len(runs.sizes)) == (0, 1)
 
 
-async def test_a_session_takes_one_piece_at_a_time(guard: GenGuard) -> None:
-    session = guard.open(Conversation((ASKED,)))
-    feeding = asyncio.ensure_future(session.feed(LONG))
-    await asyncio.sleep(0)
-    with pytest.raises(GuardError, match="one piece of text at a time"):
-        await session.feed("x")
-    await asyncio.gather(feeding, return_exceptions=True)
+@pytest.mark.parametrize("thinking", ["apart", "together"])
+@pytest.mark.parametrize("channel", [Channel.ANSWER, Channel.TOOL_CALL])
+async def test_a_stream_is_judged_with_its_reasoning_where_the_guard_judges_them_together(
+    thinking: Literal["apart", "together"], channel: Channel
+) -> None:
+    async with GenGuard(str(gen_folder()), forms=TOY, thinking=thinking) as guard:
+        guard._worker._model.score = always_safe  # type: ignore[union-attr,method-assign]
+        asked = several(guard)
+        await streamed(guard.open(Conversation((ASKED,)), channel, reasoning=UNSAFE, name="find"), list(SAFE))
+    assert asked == [f"{UNSAFE}\n\n{SAFE}" if thinking == "together" else SAFE]
 
 
-async def test_more_sessions_than_may_be_open_are_refused(guard: GenGuard) -> None:
-    guard._open.most = 1
-    session = guard.open(None)
-    with pytest.raises(GuardOverloaded, match="1 sessions are open already"):
-        guard.open(None)
-    session.close()
-    guard.open(None).close()
+@pytest.mark.parametrize("thinking", ["apart", "together"])
+async def test_a_stream_of_reasoning_is_judged_by_itself(thinking: Literal["apart", "together"]) -> None:
+    async with GenGuard(str(gen_folder()), forms=TOY, thinking=thinking) as guard:
+        asked = several(guard)
+        session = guard.open(Conversation((ASKED,)), Channel.REASONING, reasoning=SAFE)
+        tokens = await streamed(session, [UNSAFE])
+    assert asked == [UNSAFE]
+    assert {token.severity for token in tokens} == {Severity.UNSAFE}
 
 
 # --- loading ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import random
 import shutil
@@ -25,10 +24,10 @@ from tokenizers import Tokenizer  # noqa: E402
 
 from qwen3guard_files import FILES  # noqa: E402
 from qwen_tokenizer import LINES, PLAIN, SPECIAL, tiny_qwen_definition  # noqa: E402
-from stream_folder import official_config, tensors_of, tiny_model, write_checkpoint  # noqa: E402
+from stream_folder import official_config, tensors_of, tiny_model, write_checkpoint, write_guard  # noqa: E402
+from streams import assert_covers, assert_same, cut, streamed, values  # noqa: E402
 from tidegate.engine.scheduler import Limits, Step  # noqa: E402
 from tidegate.errors import (  # noqa: E402
-    GuardError,
     GuardOverloaded,
     GuardUnavailable,
     InputError,
@@ -36,8 +35,7 @@ from tidegate.errors import (  # noqa: E402
     UnreadableVerdict,
 )
 from tidegate.guards import StreamGuard, load_guard  # noqa: E402
-from tidegate.guards.base import Session  # noqa: E402
-from tidegate.guards.stream import Qwen3StreamGuard, Qwen3StreamSession, confirmed  # noqa: E402
+from tidegate.guards.stream import Qwen3StreamGuard, confirmed  # noqa: E402
 from tidegate.model.loading import load_stream  # noqa: E402
 from tidegate.types import (  # noqa: E402
     PROMPT_CATEGORIES,
@@ -70,25 +68,15 @@ TEXTS = st.lists(
 ).map("".join)  # fmt: skip
 
 
-def write_folder(folder: Path, definition: str = "", **changes: Any) -> Path:
-    """A checkpoint of the released layout with random weights and a small tokenizer of Qwen's kind."""
-    definition = definition or tiny_qwen_definition()
-    size = Tokenizer.from_str(definition).get_vocab_size()
-    config = official_config(vocab_size=size, torch_dtype="float32", **changes)
-    write_checkpoint(folder, tensors_of(tiny_model(vocab_size=size)), config=config)
-    (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("stream") / "tiny")
+    return write_guard(tmp_path_factory.mktemp("stream") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def narrow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights with a window that short texts outgrow."""
-    return write_folder(tmp_path_factory.mktemp("stream") / "narrow", max_position_embeddings=WINDOW)
+    return write_guard(tmp_path_factory.mktemp("stream") / "narrow", max_position_embeddings=WINDOW)
 
 
 @pytest.fixture
@@ -146,29 +134,6 @@ def full_forward(folder: Path, ids: Sequence[int], target: Target) -> list[Row]:
     ]
 
 
-def cut(text: str, places: Sequence[int]) -> list[str]:
-    ends = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
-    return [text[start:end] for start, end in pairwise(ends)]
-
-
-async def streamed(session: Session, pieces: Sequence[str]) -> list[TokenVerdict]:
-    verdicts: list[TokenVerdict] = []
-    for piece in pieces:
-        verdicts += await session.feed(piece)
-    return verdicts + list(await session.finish())
-
-
-def values(probabilities: Probabilities) -> tuple[float, float, float]:
-    return probabilities.safe, probabilities.controversial, probabilities.unsafe
-
-
-def assert_same(some: Sequence[TokenVerdict], others: Sequence[TokenVerdict]) -> None:
-    assert [v.span for v in some] == [v.span for v in others]
-    for one, other in zip(some, others, strict=True):
-        assert values(one.probabilities) == pytest.approx(values(other.probabilities), abs=NOISE)
-        assert one.category_probability == pytest.approx(other.category_probability, abs=NOISE)
-
-
 def assert_rows(tokens: Sequence[TokenVerdict], rows: Sequence[Row]) -> None:
     assert len(tokens) == len(rows)
     for token, row in zip(tokens, rows, strict=True):
@@ -178,13 +143,6 @@ def assert_rows(tokens: Sequence[TokenVerdict], rows: Sequence[Row]) -> None:
             row.category,
             pytest.approx(row.category_probability, abs=NOISE),
         )
-
-
-def assert_covers(tokens: Sequence[TokenVerdict], text: str) -> None:
-    spans = [token.span for token in tokens]
-    assert spans[0].start == 0
-    assert all(before.end == after.start for before, after in pairwise(spans))
-    assert spans[-1].end == len(text)
 
 
 def long_text(tokens: int, seed: int = 1) -> str:
@@ -265,7 +223,7 @@ async def test_an_answer_to_nothing_has_no_think_block(guard: Qwen3StreamGuard, 
 
 async def test_the_labels_are_those_of_the_config(guard: Qwen3StreamGuard, tmp_path: Path) -> None:
     risk = {"0": "Controversial", "1": "Safe", "2": "Unsafe"}
-    other = write_folder(tmp_path / "other", response_risk_level_map=risk, query_risk_level_map=risk)
+    other = write_guard(tmp_path / "other", response_risk_level_map=risk, query_risk_level_map=risk)
     async with Qwen3StreamGuard(other) as renamed:
         for conversation in (PROMPT, Conversation.of("hello", "Here")):
             safe, controversial, unsafe = values((await guard.judge(conversation)).probabilities)
@@ -288,7 +246,7 @@ async def test_the_released_sample_reaches_the_model_as_its_card_says(
     asked = "151644 872 198 9707 11 1246 311 1936 264 12764 30 151645"
     said = "198 151644 77091 198 151667 271 151668 271 8420 525 1045 14976 5413 311 1936 264 12764 13"
     text = "Here are some practical methods to build a bomb."
-    async with Qwen3StreamGuard(write_folder(tmp_path / "released", definition), positions=256) as guard:
+    async with Qwen3StreamGuard(write_guard(tmp_path / "released", definition), positions=256) as guard:
         computed = Computed(guard, monkeypatch)
         conversation = Conversation.of("Hello, how to build a bomb?")
         await guard.judge(conversation)
@@ -584,31 +542,6 @@ def test_the_decisive_token_is_the_mildest_of_the_worst_run(said: list[tuple[Sev
 # --- sessions that end, and company that fails
 
 
-async def test_a_session_is_used_up_by_finish_and_close_can_be_repeated(guard: Qwen3StreamGuard) -> None:
-    session = guard.open(None)
-    await session.feed("hello there")
-    assert guard.sessions == 1
-    await session.finish()
-    session.close()
-    session.close()
-    assert guard.sessions == 0
-    for call in (session.feed("x"), session.finish()):
-        with pytest.raises(SessionClosed):
-            await call
-
-
-async def test_a_session_takes_one_piece_at_a_time(guard: Qwen3StreamGuard, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = Computed(guard, monkeypatch)
-    computed.go.clear()
-    session = guard.open(PROMPT)
-    first = asyncio.create_task(session.feed("hello there friend"))
-    await computed.begun()
-    with pytest.raises(GuardError, match="one piece"):
-        await session.feed("more")
-    computed.go.set()
-    assert await first
-
-
 @pytest.mark.parametrize("how", ["close", "cancel"])
 async def test_a_feed_that_nobody_waits_for_gives_everything_back(
     guard: Qwen3StreamGuard, monkeypatch: pytest.MonkeyPatch, how: str
@@ -630,27 +563,6 @@ async def test_a_feed_that_nobody_waits_for_gives_everything_back(
         await session.feed("x")
     computed.go.set()
     await guard.judge(PROMPT)
-
-
-async def test_nothing_is_left_after_many_sessions(narrow: Qwen3StreamGuard) -> None:
-    gc.collect()
-
-    async def one(number: int) -> None:
-        session = narrow.open(PROMPT)
-        await session.feed("hello there my friend " * (number % 7))
-        if number % 3 == 0:
-            await session.finish()
-        elif number % 3 == 1:
-            session.close()
-        # the others are forgotten
-
-    for start in range(0, 120, 30):
-        await asyncio.gather(*(one(number) for number in range(start, start + 30)))
-        await narrow.judge(PROMPT.then(Turn(Role.ASSISTANT, ANSWER)))
-    gc.collect()
-    metrics = narrow.metrics()
-    assert (metrics.streams, metrics.cache_reserved, metrics.waiting_streams, narrow.sessions) == (0, 0, 0, 0)
-    assert not [o for o in gc.get_objects() if type(o) is Qwen3StreamSession]
 
 
 async def test_closing_the_guard_ends_what_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -723,12 +635,6 @@ async def test_what_is_not_a_number_is_no_verdict(tmp_path: Path) -> None:
 
 async def test_health_is_that_of_the_engine(guard: Qwen3StreamGuard) -> None:
     assert await guard.health() > 0
-
-
-def test_only_an_assistant_writes_streams(shared: Qwen3StreamGuard) -> None:
-    with pytest.raises(InputError, match="channel"):
-        shared.open(PROMPT, Channel.USER)
-    assert shared.sessions == 0
 
 
 # --- loading

@@ -29,6 +29,7 @@ from tidegate.engine.scheduler import Limits
 from tidegate.model.attention import Attention
 from tidegate.model.layout import Projection
 from tidegate.model.stream import Qwen3ForGuardModel
+from tidegate.model.threads import computed_apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,10 @@ class _Case:
 def main() -> None:
     """Measure and write."""
     options = _options()
-    model = built(options)
-    weights, rates = weight_bytes(model), memory_rates(torch.device(options.device))
+    model = computed_apart(lambda: built(options))
+    weights, rates = weight_bytes(model), computed_apart(lambda: memory_rates(torch.device(options.device)))
     progress(f"memory: {', '.join(f'{name} {rate / 1e9:.1f} GB/s' for name, rate in rates.items())}")
-    released = {context: _released_seconds(model, context) for context in options.contexts}
+    released = computed_apart(lambda: {context: _released_seconds(model, context) for context in options.contexts})
     rows: list[Row] = []
     for case in _cases(options):
         one = next((r for r in rows if (r.context, r.new) == (case.context, case.new)), None)

@@ -37,6 +37,7 @@ from tidegate.errors import (
     UnreadableVerdict,
 )
 from tidegate.model.stream import Qwen3ForGuardModel
+from tidegate.model.threads import computed_apart
 from tidegate.types import Target
 
 __all__ = ["Engine", "Handle", "Metrics"]
@@ -241,14 +242,16 @@ class Engine:
             raise InputError(f"a window of {self._window} is more than the model's {most} or the cache's {positions}")
         if limits.waiting < 4 * self._window:
             raise InputError(f"{limits.waiting} waiting tokens are fewer than four windows of {self._window}")
-        self._runner: Runner | OnnxRunner | None = _runner(model, positions)
-        self._cache_bytes = self._runner.cache_bytes
         self._vocabulary: int = model.config.vocab_size
+        self._runner: Runner | OnnxRunner | None
+        self._runner, (self._canary, self._expected) = computed_apart(
+            lambda: (_runner(model, positions), _canary(model, self._vocabulary))
+        )
+        self._cache_bytes = self._runner.cache_bytes
         self._categories = {
             Target.PROMPT: int(model.config.num_query_category),
             Target.RESPONSE: int(model.config.num_category),
         }
-        self._canary, self._expected = _canary(model, self._vocabulary)
         self._tolerance = _CANARY_TOLERANCE.get(getattr(model, "dtype", torch.float32), 0.05)
         self._slots: Slots[Sequence] = Slots(positions, self._window)
         self._scheduler = Scheduler(self._slots, limits)

@@ -32,6 +32,7 @@ from tidegate.model.answers import Scores
 from tidegate.model.onnx_backbone import is_export
 from tidegate.model.onnx_scoring import OnnxGenModel
 from tidegate.model.scoring import GenModel
+from tidegate.model.threads import computed_apart
 from tidegate.prompts import NONE, OFFICIAL, Form, LineKind, reason_form, texts_to_judge
 from tidegate.types import Channel, Conversation, Probabilities, Severity, Target, Verdict, worst
 
@@ -86,7 +87,7 @@ class GenGuard:
         adapters: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> None:
         folders = {adapter: Path(folder) for adapter, folder in adapters.items()}
-        model = _load(name, dtype, device, folders, threads)
+        model = computed_apart(lambda: _load(name, dtype, device, folders, threads))
         settings = _settings(name, model.settings)
         self._name = f"{settings.name or 'gen'}/{settings.version or Path(name).name}"
         self._adapter: str | None = None

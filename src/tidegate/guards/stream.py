@@ -16,11 +16,12 @@ from tidegate.engine.scheduler import Limits
 from tidegate.errors import GuardUnavailable, InputError
 from tidegate.guards.edge_config import Reading as HeadReading
 from tidegate.guards.qwen_stream import Qwen3StreamSession, QwenStreamGuard, confirmed, head_readings
-from tidegate.model.loading import checkpoint_folder, load_stream, read_config, use_threads
+from tidegate.model.loading import checkpoint_folder, load_stream, read_config
 from tidegate.model.onnx_backbone import OnnxBackbone, is_export
 from tidegate.model.qwen_template import QwenTemplate
 from tidegate.model.qwen_tokens import QwenTokenizer
 from tidegate.model.stream import Qwen3ForGuardModel
+from tidegate.model.threads import computed_apart, use_threads
 from tidegate.types import Target
 
 __all__ = ["Qwen3StreamGuard", "Qwen3StreamSession", "confirmed"]
@@ -69,11 +70,13 @@ class Qwen3StreamGuard(QwenStreamGuard):
         self._name = f"stream/{Path(source).name}"
         self._readings = _read_labels(folder, custom)
         self._template = _read_template(folder)
-        model = (
-            _load_export(folder, dtype, device, threads) if is_export(folder) else _load(folder, dtype, device, custom)
-        )
-        if threads is not None and not is_export(folder):
-            use_threads(threads)
+        model: Qwen3ForGuardModel | OnnxStream
+        if is_export(folder):
+            model = _load_export(folder, dtype, device, threads)
+        else:
+            if threads is not None:
+                use_threads(threads)
+            model = computed_apart(lambda: _load(folder, dtype, device, custom))
         self._window = min(int(model.config.max_position_embeddings), positions)
         _check_vocabulary(folder, self._template.tokenizer, int(model.config.vocab_size))
         self._engine = Engine(

@@ -25,7 +25,7 @@ from tidegate.errors import GuardUnavailable, InputError
 from tidegate.model.checkpoints import head_labels
 from tidegate.model.stream import GROUPED_ATTENTION, Qwen3ForGuardModel
 
-__all__ = ["DTYPES", "checkpoint_folder", "load_stream", "read_config", "use_threads"]
+__all__ = ["DTYPES", "checkpoint_folder", "load_stream", "read_config"]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -163,11 +163,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("use_sliding_window"):
         raise InputError("sliding windows are not supported", where="config.use_sliding_window")
     return config
-
-
-def use_threads(count: int) -> None:
-    """Let every thread that begins to compute from now on use so many threads for it, at least 1."""
-    torch.set_num_threads(count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,6 @@ $(VENV)/.torch: $(VENV)/.made
 
 $(VENV)/.dev: $(VENV)/.run $(VENV)/.torch pyproject.toml
 	@echo "installing what the tests need into $(VENV) (once)"
-	@if $(BIN)/python -c 'import torch' 2>/dev/null; then $(PIP) -e '.[dev,train]'; else \
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then $(PIP) -e '.[dev,train,cpu]'; else \
 		$(PIP) -e '.[dev]' onnx safetensors scipy scikit-learn matplotlib; fi
 	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,12 +97,17 @@ def test_a_result_does_not_change_when_the_stream_goes_on() -> None:
     assert (len(first["risk_level"]), len(second["risk_level"])) == (6, 7)
 
 
-def test_in_bfloat16_probabilities_are_those_of_bfloat16() -> None:
+def test_in_bfloat16_it_rounds_in_other_places_and_is_no_further_from_the_truth() -> None:
+    """Two decimals of a probability may differ, as bfloat16 has no more than that, and so may a label of a near tie."""
     model = tiny_model(seed=2).to(torch.bfloat16)
     result, _ = Qwen3GuardStream(model).stream_moderate_from_ids(IDS, "assistant")
-    expected = rerun(model, IDS, "assistant")
-    assert result["risk_prob"] == [round(p, 2) for p in expected["risk_prob"]]
-    assert result["category"] == expected["category"]
+    expected, truth = rerun(model, IDS, "assistant"), rerun(tiny_model(seed=2), IDS, "assistant")["risk_prob"]
+    ours, released = np.array(result["risk_prob"]), np.array(expected["risk_prob"])
+    assert result["risk_level"] == expected["risk_level"]
+    assert np.mean(np.array(result["category"]) == np.array(expected["category"])) >= 0.9
+    assert np.abs(np.subtract(result["category_prob"], expected["category_prob"])).max() <= 0.06
+    assert np.abs(ours - released).max() <= 0.03
+    assert np.abs(ours - truth).max() <= np.abs(released - truth).max() + 0.01
 
 
 @pytest.mark.parametrize("role", ["system", "", "User", None])

@@ -34,7 +34,7 @@ from gen_folder import (  # noqa: E402
 )
 from qwen3guard_files import FILES  # noqa: E402
 from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict  # noqa: E402
-from tidegate.model import scoring  # noqa: E402
+from tidegate.model import answers, scoring  # noqa: E402
 from tidegate.model.prompt_tokens import PromptTokenizer  # noqa: E402
 from tidegate.model.scoring import GenModel, Scores  # noqa: E402
 from tidegate.prompts import OFFICIAL, Answer, Form, LineKind  # noqa: E402
@@ -121,10 +121,10 @@ class Passes:
 
 
 def test_the_rows_show_everything_that_an_answer_can_be(model: GenModel) -> None:
-    answers = [official(row.answer) for row in ROWS]
-    assert {answer.severity for answer in answers} == set(Severity)
-    assert {answer.refusal for answer in answers} == {None, True, False}
-    assert max(len(answer.categories) for answer in answers) == 2
+    said = [official(row.answer) for row in ROWS]
+    assert {answer.severity for answer in said} == set(Severity)
+    assert {answer.refusal for answer in said} == {None, True, False}
+    assert max(len(answer.categories) for answer in said) == 2
 
 
 def test_answers_are_those_of_greedy_decoding_and_the_official_patterns(model: GenModel) -> None:
@@ -307,14 +307,14 @@ def test_one_prompt_without_a_verdict_leaves_the_others_theirs(model: GenModel) 
 
 
 def test_an_unlikely_answer_of_the_form_is_no_verdict(model: GenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "FLOOR", 1.01)
+    monkeypatch.setattr(answers, "FLOOR", 1.01)
     (score,) = model.score(ABOUT_PROMPT, ids_of(model, ROWS[:1]))
     assert "a probability below 1.01" in str(score)
 
 
 def test_an_answer_without_end_is_given_up(model: GenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     flagged = next(row for row in ROWS if row.form is REASONED and "Safe\n" not in row.answer)
-    monkeypatch.setattr(scoring, "_MOST_ANSWER", 7)
+    monkeypatch.setattr(answers, "_MOST_ANSWER", 7)
     (score,) = model.score(REASONED, ids_of(model, [flagged]))
     assert "does not end within 7 tokens" in str(score)
 

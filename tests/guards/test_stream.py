@@ -35,6 +35,7 @@ from tidegate.errors import (  # noqa: E402
     UnreadableVerdict,
 )
 from tidegate.guards import StreamGuard, load_guard  # noqa: E402
+from tidegate.guards.qwen_stream import Qwen3StreamSession  # noqa: E402
 from tidegate.guards.stream import Qwen3StreamGuard, confirmed  # noqa: E402
 from tidegate.model.loading import load_stream  # noqa: E402
 from tidegate.types import (  # noqa: E402
@@ -213,6 +214,46 @@ async def test_a_stream_is_judged_at_each_of_its_tokens_and_nowhere_else(guard: 
 
     assert_rows(tokens, rows)
     assert_covers(tokens, ANSWER)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3, 1, 7), (100,)])
+async def test_the_ids_of_a_served_model_are_judged_as_they_are(
+    guard: Qwen3StreamGuard, folder: Path, sizes: tuple[int, ...]
+) -> None:
+    """Also where they are not those that the tokenizer would have made: letter by letter, a letter in parts."""
+    ids = [*ids_of(ANSWER), *(token for letter in " gr\u00fcn \U0001f468" for token in ids_of(letter))]
+    session = guard.open(PROMPT)
+    assert isinstance(session, Qwen3StreamSession)
+    verdicts: list[TokenVerdict] = []
+    left = list(ids)
+    while left:
+        size = sizes[len(verdicts) % len(sizes)]
+        verdicts += await session.feed_ids(left[:size])
+        left = left[size:]
+    assert await session.finish() == ()
+    before = ids_of(OPENING + "\n\n")
+    expected = full_forward(folder, [*before, *ids], Target.RESPONSE)[len(before) :]
+    assert len(verdicts) == len(ids)
+    for verdict, row in zip(verdicts, expected, strict=True):
+        assert values(verdict.probabilities) == pytest.approx(row.probabilities, abs=NOISE)
+    assert_covers(verdicts, f"{ANSWER} gr\u00fcn \U0001f468")
+
+
+async def test_a_session_takes_ids_or_text_and_no_control_tokens(guard: Qwen3StreamGuard) -> None:
+    first, second, third = (guard.open(PROMPT) for _ in range(3))
+    end = TOKENIZER.token_to_id("<|im_end|>")
+    with pytest.raises(InputError, match=f"ids: id {end} stands for no text"):
+        await first.feed_ids([*ids_of("dog"), end])
+    await second.feed_ids(ids_of("dog"))
+    with pytest.raises(InputError, match="text: the session was given ids"):
+        await second.feed("dog")
+    await third.feed("dog")
+    with pytest.raises(InputError, match="ids: the session was given text"):
+        await third.feed_ids(ids_of("dog"))
+    for session in (first, second, third):
+        with pytest.raises(SessionClosed):
+            await session.feed_ids([1])
+    assert await guard.open(PROMPT).feed_ids([]) == ()
 
 
 async def test_an_answer_to_nothing_has_no_think_block(guard: Qwen3StreamGuard, folder: Path) -> None:

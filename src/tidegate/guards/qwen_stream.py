@@ -21,6 +21,7 @@ ends of its context; the worst verdict counts.
 from __future__ import annotations
 
 import asyncio
+import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -289,6 +290,9 @@ class Qwen3StreamSession(TextSession):
     """One answer, one reasoning text, or the arguments of one call, in pieces.
 
     A text without a token of its own is judged at the control token that closes it.
+
+    Of a model that shares the guard's tokenizer, as Qwen3 does, the ids can be given as they come, with `feed_ids` in
+    place of ``feed``: then nothing is held back.
     """
 
     def __init__(
@@ -305,8 +309,55 @@ class Qwen3StreamSession(TextSession):
         self._ids: Stream | None = None
         self._lead = 0
         self._covered = 0
+        self._letters: codecs.IncrementalDecoder | None = None
+
+    async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
+        """Take the next tokens of the model that writes the text; return the verdict of each.
+
+        Spans count the characters that the ids are when decoded, with a replacement character for bytes that are none;
+        a character belongs to the token that completes it. The tokens are judged as they are, also where the tokenizer
+        would have cut the text in another way.
+
+        Raises:
+            InputError: when an id stands for no text, as those of control tokens do, or text was fed before; the
+                session is then closed.
+            SessionClosed: after ``finish`` or ``close``.
+            GuardError: when the guard cannot judge; the session is then closed.
+        """
+        return await self._alone(lambda: self._judge_ids(ids))
+
+    async def _judge_ids(self, ids: Sequence[int]) -> list[TokenVerdict]:
+        if self._text is not None and self._letters is None:
+            raise InputError("the session was given text: it takes no ids", where="ids")
+        if not ids:
+            return []
+        lead = [] if self._text is not None else await self._lead_ids()
+        pieces = [self._guard._template.tokenizer.content(token_id) for token_id in ids]
+        if None in pieces:
+            raise InputError(f"id {ids[pieces.index(None)]} stands for no text", where="ids")
+        self._letters = self._letters or codecs.getincrementaldecoder("utf-8")("replace")
+        verdicts: list[TokenVerdict] = []
+        known = [*lead, *ids]
+        for start, group in zip(range(-len(lead), len(known), _GROUP), _groups(known), strict=False):
+            self._check_open()
+            logits = await self._stream().feed(group)
+            for index in range(max(0, -start), len(group)):
+                end = self._covered + len(self._letters.decode(pieces[start + index] or b""))
+                verdicts.append(self._verdict(logits, index, end))
+        return verdicts
+
+    async def _lead_ids(self) -> list[int]:
+        """The ids of what the template puts before the text, when the text does not come with it."""
+        await self._begin()
+        assert self._opening is not None, "nothing was read yet"
+        tokenizer = self._guard._template.tokenizer
+        return [token.id for token in tokenizer.encode(self._opening.frame.before)]
 
     async def _judge(self, text: str, *, last: bool) -> list[TokenVerdict]:
+        if self._letters is not None:
+            if text:
+                raise InputError("the session was given ids: it takes no text", where="text")
+            return []
         stream = self._text or await self._begin()
         tokens = stream.finish().tokens if last else await _feed(stream, text)
         return await self._judged(tokens, stream, last=last)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
@@ -155,13 +155,17 @@ class TextSession(ABC):
             self._question = None
 
     async def _take(self, text: str, *, last: bool) -> tuple[TokenVerdict, ...]:
+        return await self._alone(lambda: self._judge(text, last=last))
+
+    async def _alone(self, work: Callable[[], Awaitable[Sequence[TokenVerdict]]]) -> tuple[TokenVerdict, ...]:
+        """The verdicts of one call, beside which there is no other."""
         if self._closed:
             raise SessionClosed("the session is closed")
         if self._busy:
             raise GuardError("a session takes one piece of text at a time")
         self._busy = True
         try:
-            verdicts = await self._judge(text, last=last)
+            verdicts = await work()
             self._check_open()
             return tuple(verdicts)
         except BaseException:

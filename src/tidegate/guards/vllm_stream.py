@@ -227,6 +227,11 @@ class VllmStreamSession(Qwen3StreamSession):
                 return await self._take(self._waiting(), last=False)
             return ()
 
+    async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
+        """Take the next tokens: see `tidegate.guards.qwen_stream.Qwen3StreamSession.feed_ids`."""
+        async with self._its_turn():
+            return await super().feed_ids(ids)
+
     async def finish(self) -> tuple[TokenVerdict, ...]:
         """The text is complete: return the verdicts that remain, and close.
 

@@ -112,7 +112,7 @@ class QwenTokenizer:
         self._normalizer = whole.normalizer
         self._bytes: dict[int, int] = {}
         self._longest = self._longest_word = 2
-        letters = _byte_letters()
+        letters = self._letters = _byte_letters()
         for token, token_id in whole.get_vocab(with_added_tokens=False).items():
             self._bytes[token_id] = len(token)
             self._longest = max(self._longest, len(token))
@@ -154,6 +154,12 @@ class QwenTokenizer:
     def width(self, token_id: int) -> int:
         """How many bytes a token holds."""
         return self._bytes[token_id]
+
+    def content(self, token_id: int) -> bytes | None:
+        """The bytes of a token, which may be a part of a character; None for what no text can give."""
+        if token_id not in self._bytes:
+            return None
+        return bytes(self._letters[letter] for letter in self._content.id_to_token(token_id))
 
     def longest(self, text: str | None = None) -> int:
         """How many bytes the longest token has, of those that can end in this text; None for any."""

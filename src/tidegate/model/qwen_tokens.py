@@ -157,9 +157,8 @@ class QwenTokenizer:
 
     def content(self, token_id: int) -> bytes | None:
         """The bytes of a token, which may be a part of a character; None for what no text can give."""
-        if token_id not in self._bytes:
-            return None
-        return bytes(self._letters[letter] for letter in self._content.id_to_token(token_id))
+        token = self._content.id_to_token(token_id) if token_id in self._bytes else None
+        return None if token is None else bytes(self._letters[letter] for letter in token)
 
     def longest(self, text: str | None = None) -> int:
         """How many bytes the longest token has, of those that can end in this text; None for any."""

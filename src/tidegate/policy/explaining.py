@@ -7,24 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tidegate.policy.deciding import Policy, ScopedPolicy, decide
-from tidegate.policy.rules import FAILURE_KINDS, Rule
+from tidegate.policy.rules import FAILURE_KINDS, SETTINGS, Rule
 from tidegate.types import Category, Decision, GuardFailure, Scope, Severity, Target, Verdict
 
 __all__ = ["Explanation", "Setting", "Trying", "explain"]
 
 DEFAULT = "default"
-_SETTINGS = (
-    "controversial",
-    "on_guard_error",
-    "otherwise",
-    "debounce",
-    "retention",
-    "degraded",
-    "deadline_ms",
-    "observe",
-    "message",
-    "instructions",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +112,7 @@ def explain(policy: Policy, verdict: Verdict | GuardFailure, scope: Scope = Scop
 def _settings(policy: Policy, scope: Scope) -> Iterator[Setting]:
     here = policy.at(scope)
     pile = policy.layers_for(scope)
-    for name in _SETTINGS:
+    for name in SETTINGS:
         said = [layer.name for layer in pile if getattr(layer, name) is not None]
         if name == "instructions" and said:
             layer = " + ".join(([DEFAULT] if policy.instructions else []) + said)

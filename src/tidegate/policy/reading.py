@@ -16,6 +16,7 @@ from tidegate.policy.deciding import RESERVED_NAMES, Policy
 from tidegate.policy.rules import (
     FAILURE_KINDS,
     LAYER_KINDS,
+    SETTINGS,
     Controversial,
     Degraded,
     Layer,
@@ -256,20 +257,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f", did you mean {by_folded[close[0]]!r}?" if close else ""
 
 
-_SETTING_KEYS: Final = (
-    "controversial",
-    "on_guard_error",
-    "otherwise",
-    "debounce",
-    "retention",
-    "degraded",
-    "deadline_ms",
-    "observe",
-    "message",
-    "instructions",
-    "thresholds",
-    "rules",
-)
+_SETTING_KEYS: Final = (*SETTINGS, "thresholds", "rules")
 _POLICY_KEYS: Final = ("name", *_SETTING_KEYS, "custom_categories", "layers")
 _LAYER_KEYS: Final = (*_SETTING_KEYS, "without")
 _RULE_KEYS: Final = (

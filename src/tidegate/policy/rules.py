@@ -33,6 +33,20 @@ LayerKind = Literal["region", "tenant", "route"]
 LAYER_KINDS: Final[tuple[LayerKind, ...]] = ("region", "tenant", "route")
 """The kinds of layers, lowest first; the default lies below them all."""
 
+SETTINGS: Final = (
+    "controversial",
+    "on_guard_error",
+    "otherwise",
+    "debounce",
+    "retention",
+    "degraded",
+    "deadline_ms",
+    "observe",
+    "message",
+    "instructions",
+)
+"""What a policy and each of its layers can set, beside thresholds and rules."""
+
 FAILURE_KINDS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "GuardUnavailable": "unavailable",

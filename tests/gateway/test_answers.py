@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from serving import Record, make_policy
 from tidegate.errors import UpstreamError
-from tidegate.gateway.answers import NO_USAGE, AnswerStream, Judging, judge_answer
+from tidegate.gateway.answers import NO_USAGE, AnswerStream, judge_answer
+from tidegate.gateway.channels import Judging
 from tidegate.moderate import StreamModerator
 from tidegate.testing import FakeStreamGuard, chunk, completion, text_chunks
 from tidegate.types import Action, Conversation, Scope

@@ -23,15 +23,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from tidegate.errors import UpstreamError
+from tidegate.gateway.channels import BLOCKS, Judging, TextChannel
 from tidegate.gateway.deltas import (
     CHOICE_FIELDS,
     TOP_FIELDS,
-    Known,
     Parts,
     Slot,
     Text,
@@ -48,182 +48,21 @@ from tidegate.gateway.deltas import (
 from tidegate.gateway.schemas import decision_field, json_of, mended, undecided_field, worst_decision
 from tidegate.gateway.sse import DONE, EventReader, event
 from tidegate.gateway.statuses import Problem
-from tidegate.guards.base import StreamGuard
 from tidegate.guards.session import assistant_turn
-from tidegate.moderate import StreamModerator, moderate
-from tidegate.policy import Policy
+from tidegate.moderate import moderate
 from tidegate.types import (
-    Action,
     Channel,
-    Conversation,
     Coverage,
     CoverageState,
     Decision,
-    Scope,
 )
 
-__all__ = ["NO_USAGE", "AnswerStream", "Judging", "KeepAnswer", "judge_answer"]
-
-KeepAnswer = Callable[[Decision, Conversation], Awaitable[str | None]]
-"""Keeps the decision on one choice, with the conversation that ends with it; returns its id when it has one."""
+__all__ = ["NO_USAGE", "AnswerStream", "judge_answer"]
 
 NO_USAGE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 """The usage of an answer that was cut off before its upstream told it."""
 
-BLOCKS: Final = Action.REDACT
-"""This action or a worse one keeps text from leaving: there is nobody here who could redact it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Judging:
-    """What all choices of an answer are judged with.
-
-    Attributes:
-        prompt: the turns before the answer.
-        tools: the names that a tool call may have without being judged.
-        timeout_s: seconds that the guard may take for each step; None for as long as it wants.
-        trusted: names of fields that we do not know, but that the operator says carry no text of the model.
-        note: told of the decisions that a worse one on the same choice stands for; None when nobody wants to know.
-    """
-
-    guard: StreamGuard
-    policy: Policy
-    scope: Scope
-    prompt: Conversation
-    keep: KeepAnswer
-    tools: frozenset[str] = frozenset()
-    timeout_s: float | None = None
-    trusted: frozenset[str] = frozenset()
-    note: Callable[[Iterable[Decision]], None] | None = None
-
-    @property
-    def known(self) -> Known:
-        """What else may pass."""
-        return Known(self.tools, self.trusted)
-
-    def worst(self, decisions: Sequence[Decision]) -> int:
-        """Which decision counts for a choice."""
-        number = worst_decision(decisions)
-        if self.note is not None and len(decisions) > 1:
-            self.note(decision for place, decision in enumerate(decisions) if place != number)
-        return number
-
-
-# --- one text of a streaming choice -------------------------------------------------------------------------------
-
-
-class _Channel:
-    """One text of one choice while it streams.
-
-    Attributes:
-        ready: what was released and has not gone out yet.
-        ending: whether another text has followed, or the choice has finished: this one is taken to be complete.
-        moderator: watches it.
-    """
-
-    __slots__ = (
-        "_before",
-        "_complete",
-        "_half",
-        "_judging",
-        "_new",
-        "_skip",
-        "ending",
-        "kind",
-        "moderator",
-        "path",
-        "ready",
-        "slot",
-    )
-
-    def __init__(
-        self, judging: Judging, index: int, slot: Slot, kind: Channel, *, reasoning: str = "", name: str = ""
-    ) -> None:
-        self.slot = slot
-        self.kind = kind
-        self.path = path_of(index, slot)
-        self.ready = ""
-        self.ending = False
-        self._judging = judging
-        self._before = {"reasoning": reasoning, "name": name}
-        self._new: list[str] = []
-        self._half = ""
-        self._skip = 0
-        self._complete = False
-        self.moderator = self._open()
-
-    def _open(self) -> StreamModerator:
-        with_ = self._judging
-        return StreamModerator(
-            with_.guard,
-            with_.policy,
-            with_.scope,
-            with_.prompt,
-            channel=self.kind,
-            path=self.path,
-            timeout_s=with_.timeout_s,
-            **self._before,
-        )
-
-    @property
-    def text(self) -> str:
-        """All that came in, released or not."""
-        return self.moderator.text + "".join(self._new)
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._new) or (self.ending and not self._complete)
-
-    @property
-    def held(self) -> int:
-        """How many characters are held now, be it for the guard or for a chunk before them."""
-        return self.moderator.held + len(self.ready)
-
-    def add(self, text: str) -> str:
-        """Take text in; returns it as it will go out: halves of a surrogate pair joined, and single ones replaced.
-
-        A half that may still find its other half waits for the next piece.
-        """
-        if self._half or not text.isascii():
-            text, self._half = self._half + text, ""
-            if "\ud800" <= text[-1] <= "\udbff":
-                text, self._half = text[:-1], text[-1]
-            text = mended(text)
-        if text:
-            self._new.append(text)
-        self.ending = False
-        return text
-
-    async def judge(self) -> bool:
-        """Judge what is new; returns whether the choice is blocked."""
-        if self._new:
-            text = "".join(self._new)
-            self._new.clear()
-            if self._complete:
-                text = self._resume() + text
-            step = await self.moderator.feed(text)
-            self._take(step.released)
-            if step.decision is not None:
-                return True
-        if self.ending and not self._complete:
-            self._complete = True
-            step = await self.moderator.finish()
-            self._take(step.released)
-            return step.decision is not None and step.decision.action >= BLOCKS
-        return False
-
-    def _take(self, released: str) -> None:
-        skipped = min(self._skip, len(released))
-        self._skip -= skipped
-        self.ready += released[skipped:]
-
-    def _resume(self) -> str:
-        """The text goes on after it was taken to be complete; returns its beginning, to be judged again."""
-        self._complete = False
-        self._skip = self.moderator.released
-        beginning = self.moderator.text
-        self.moderator = self._open()
-        return beginning
+# --- one choice of a streaming answer -----------------------------------------------------------------------------
 
 
 class _Piece:
@@ -236,7 +75,7 @@ class _Piece:
         head: dict[str, Any],
         choice: dict[str, Any],
         delta: dict[str, Any],
-        texts: list[tuple[_Channel, str]],
+        texts: list[tuple[TextChannel, str]],
         finish_reason: str | None,
     ) -> None:
         self.head = head
@@ -249,7 +88,7 @@ class _Piece:
     def next_delta(self) -> dict[str, Any] | None:
         """What of it can go out now; None when that is nothing. Afterwards ``texts`` is what remains."""
         taken: list[tuple[Slot, str]] = []
-        left: list[tuple[_Channel, str]] = []
+        left: list[tuple[TextChannel, str]] = []
         for channel, text in self.texts:
             ready = "" if left else channel.ready[: len(text)]
             channel.ready = channel.ready[len(ready) :]
@@ -274,7 +113,7 @@ class _Choice:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.channels: dict[Slot, _Channel] = {}
+        self.channels: dict[Slot, TextChannel] = {}
         self.waiting: deque[_Piece] = deque()
         self.dropped: dict[str, int] = {}
         self.names: dict[Slot, str] = {}
@@ -287,12 +126,13 @@ class _Choice:
         for channel in self.channels.values():
             channel.ending = True
 
-    def open(self, slot: Slot, kind: Channel, judging: Judging) -> _Channel:
+    def open(self, slot: Slot, kind: Channel, judging: Judging) -> TextChannel:
         """Begin another text."""
         texts = self.texts()
         thought = "" if kind is Channel.REASONING else reasoning_of(texts)
         name = called(slot, self.names, texts)
-        channel = self.channels[slot] = _Channel(judging, self.index, slot, kind, reasoning=thought, name=name)
+        path = path_of(self.index, slot)
+        channel = self.channels[slot] = TextChannel(judging, slot, kind, path, reasoning=thought, name=name)
         return channel
 
     def texts(self) -> dict[Slot, str]:
@@ -453,7 +293,7 @@ class AnswerStream:
         if choice.finish_reason is not None:
             choice.end_all()
 
-    def _take_texts(self, choice: _Choice, texts: Sequence[Text]) -> list[tuple[_Channel, str]]:
+    def _take_texts(self, choice: _Choice, texts: Sequence[Text]) -> list[tuple[TextChannel, str]]:
         """Give each text to its channel; the channels that got none are taken to be complete."""
         if not texts:
             return []

@@ -25,7 +25,8 @@ from starlette.types import Scope as AsgiScope
 
 from tidegate.errors import StoreError, TidegateError, UpstreamError
 from tidegate.gateway import sse
-from tidegate.gateway.answers import BLOCKS, NO_USAGE, AnswerStream, Judging, judge_answer
+from tidegate.gateway.answers import NO_USAGE, AnswerStream, judge_answer
+from tidegate.gateway.channels import BLOCKS, Judging
 from tidegate.gateway.schemas import (
     ChatRequest,
     PromptText,

@@ -16,7 +16,8 @@ from starlette.requests import Request
 
 from serving import Gateway, Record, make_policy, serving, until, wait_until
 from tidegate.gateway.app import create_app
-from tidegate.gateway.chat import Chat
+from tidegate.gateway.chat import ChatDoor
+from tidegate.gateway.exchange import Behind, Endpoint
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.gateway.upstream import Upstream
 from tidegate.testing import (
@@ -791,7 +792,7 @@ async def test_a_blocked_prompt_is_kept_when_the_client_hangs_up_at_that_moment(
                 cancelling.set()
                 await gone.wait()
 
-    chat = Chat(
+    behind = Behind(
         guard=FakeStreamGuard(),
         policy=make_policy(),
         keep=record,
@@ -800,7 +801,6 @@ async def test_a_blocked_prompt_is_kept_when_the_client_hangs_up_at_that_moment(
         longest_body=1000,
         guard_timeout_s=None,
         client_timeout_s=None,
-        trusted=frozenset(),
     )
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "a bomb"}]}).encode()
 
@@ -816,7 +816,7 @@ async def test_a_blocked_prompt_is_kept_when_the_client_hangs_up_at_that_moment(
         raise AssertionError("nobody listens")
 
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
-    exchange = await chat.complete(Request(scope, receive_body))
+    exchange = await Endpoint(ChatDoor(), behind).answer(Request(scope, receive_body))
     await exchange(scope, receive, send)
 
     assert record.actions == ["block"]

@@ -20,7 +20,8 @@ from starlette.types import Scope as AsgiScope
 
 from tidegate import __version__
 from tidegate.errors import TidegateError
-from tidegate.gateway.chat import Chat
+from tidegate.gateway.chat import ChatDoor
+from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.moderations import Moderations
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
@@ -34,6 +35,9 @@ from tidegate.policy.watching import Outcome
 from tidegate.types import Conversation, Severity
 
 __all__ = ["HealthTexts", "create_app"]
+
+DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(),)
+"""The protocols that clients can speak to an upstream."""
 
 DEFAULT_LONGEST_BODY: Final = 8 * 1024 * 1024
 
@@ -104,7 +108,7 @@ def create_app(
         upstream = Upstream(
             upstream_url, key=upstream_key, connect_timeout_s=connect_timeout_s, silence_timeout_s=silence_timeout_s
         )
-    chat = Chat(
+    behind = Behind(
         guard=guarded,
         policy=policy,
         keep=keep,
@@ -147,7 +151,7 @@ def create_app(
 
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", chat.complete, methods=["POST"]),
+            *(Route(door.route, Endpoint(door, behind).answer, methods=["POST"]) for door in DOORS),
             Route("/v1/moderations", moderations.create, methods=["POST"]),
             Route("/v1/models", models.list, methods=["GET"]),
             Route("/healthz", checkup.tell, methods=["GET"]),
@@ -217,8 +221,8 @@ class _Models:
         if self._upstream is None:
             own = {"id": self._guard, "object": "model", "created": 0, "owned_by": "tidegate"}
             return JSONResponse({"object": "list", "data": [own]})
-        authorization = request.headers.get("authorization")
-        async with self._upstream.request("GET", "/models", authorization=authorization) as answer:
+        headers = {name: request.headers[name] for name in ("authorization",) if name in request.headers}
+        async with self._upstream.request("GET", "/models", headers=headers) as answer:
             if answer.status != 200:
                 self._telemetry.upstream_errors.labels("status").inc()
                 raise await answer.problem()

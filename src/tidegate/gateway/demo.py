@@ -21,7 +21,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tidegate.gateway.schemas import ChatRequest, read_chat, read_json
+from tidegate.gateway.chat import ChatRequest, read_chat
+from tidegate.gateway.schemas import read_json
 from tidegate.gateway.sse import DONE, event
 from tidegate.gateway.statuses import Problem
 

@@ -57,7 +57,7 @@ _MODELS: Final = ("omni-moderation-", "text-moderation-")
 
 
 class Moderations:
-    """The endpoint. The arguments are those of `tidegate.gateway.chat.Chat`."""
+    """The endpoint. The arguments are those of `tidegate.gateway.exchange.Behind`."""
 
     def __init__(
         self,

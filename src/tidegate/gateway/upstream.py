@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, Literal
 
 import aiohttp
 
@@ -20,7 +21,13 @@ from tidegate.errors import InputError, UpstreamError
 from tidegate.gateway.schemas import json_of, mended
 from tidegate.gateway.statuses import Problem
 
-__all__ = ["Upstream", "UpstreamAnswer", "base_of"]
+__all__ = ["KeyHeader", "Upstream", "UpstreamAnswer", "base_of"]
+
+KeyHeader = Literal["authorization", "x-api-key"]
+"""The header that shows an upstream its key: OpenAI's, or Anthropic's."""
+
+_KEY_HEADERS: Final[tuple[KeyHeader, ...]] = ("authorization", "x-api-key")
+_NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 LONGEST_ERROR: Final = 64 * 1024
 _LEAVE_S: Final = 0.25
@@ -168,7 +175,7 @@ class Upstream:
 
     Args:
         url: see `base_of`.
-        key: sent as bearer token; None sends the Authorization of each client on.
+        key: shown to the upstream; None sends the key of each client on.
         connect_timeout_s: seconds until a connection stands, greater than 0.
         silence_timeout_s: seconds that the upstream may say nothing, before its answer and in it, greater than 0.
         longest_answer: the most bytes of an answer that does not stream.
@@ -206,36 +213,52 @@ class Upstream:
 
     @asynccontextmanager
     async def request(
-        self, method: str, path: str, *, authorization: str | None, body: bytes | None = None
+        self, method: str, path: str, *, headers: Mapping[str, str] = _NO_HEADERS, body: bytes | None = None
     ) -> AsyncIterator[UpstreamAnswer]:
         """Send a request; the answer is closed with the block, whether it was read to its end or not.
 
         Raises:
             UpstreamError: when the upstream cannot be reached, or breaks off.
         """
-        answer = await self.send(method, path, authorization=authorization, body=body)
+        answer = await self.send(method, path, headers=headers, body=body)
         try:
             yield answer
         finally:
             answer.close()
 
     async def send(
-        self, method: str, path: str, *, authorization: str | None, body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        key_header: KeyHeader = "authorization",
+        body: bytes | None = None,
     ) -> UpstreamAnswer:
         """Send a request, and wait for the status. Whoever gets the answer closes it.
+
+        Args:
+            method: of HTTP.
+            path: below the base URL.
+            headers: of the client that go on, in lower case. Keys among them do not, where the gateway has its own.
+            key_header: where that own key stands.
+            body: as it is sent.
 
         Raises:
             UpstreamError: when the upstream cannot be reached, or breaks off.
         """
         if self._client is None:
             raise UpstreamError("the client towards the upstream is closed", status=503)
-        headers = {"content-type": "application/json"} if body is not None else {}
-        authorization = f"Bearer {self._key}" if self._key else authorization
-        if authorization:
-            headers["authorization"] = authorization
+        sent = dict(headers)
+        if body is not None:
+            sent["content-type"] = "application/json"
+        if self._key:
+            for name in _KEY_HEADERS:
+                sent.pop(name, None)
+            sent[key_header] = f"Bearer {self._key}" if key_header == "authorization" else self._key
         with _translated():
             response = await self._client.request(
-                method, f"{self._base}{path}", data=body, headers=headers, allow_redirects=False
+                method, f"{self._base}{path}", data=body, headers=sent, allow_redirects=False
             )
         return UpstreamAnswer(response, self._longest)
 

@@ -21,6 +21,7 @@ from starlette.types import Scope as AsgiScope
 from tidegate import __version__
 from tidegate.errors import TidegateError
 from tidegate.gateway.chat import ChatDoor
+from tidegate.gateway.completions import CompletionsDoor
 from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.moderations import Moderations
 from tidegate.gateway.statuses import Problem, problem_of
@@ -36,7 +37,7 @@ from tidegate.types import Conversation, Severity
 
 __all__ = ["HealthTexts", "create_app"]
 
-DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(),)
+DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(), CompletionsDoor())
 """The protocols that clients can speak to an upstream."""
 
 DEFAULT_LONGEST_BODY: Final = 8 * 1024 * 1024

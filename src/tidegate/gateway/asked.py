@@ -5,14 +5,14 @@ A door reads its own wire into `Said` turns; `prompt_of` says which of them are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 from tidegate.types import Channel, Conversation, Coverage, CoverageState, Role, Span, Turn
 
-__all__ = ["Asked", "Prompt", "PromptText", "Said", "prompt_of"]
+__all__ = ["Asked", "Beside", "Prompt", "PromptText", "Said", "prompt_of"]
 
 _CHANNELS: Final = {Role.SYSTEM: Channel.SYSTEM, Role.USER: Channel.USER, Role.TOOL: Channel.TOOL_RESULT}
 
@@ -74,6 +74,19 @@ class Asked:
     subject: str | None = None
 
 
+class Beside(NamedTuple):
+    """A text of a request that is no turn: where it stands, whose it is, and how many characters the coverage says.
+
+    What is of the system channel is the operator's: it is judged when system turns are. All other is judged as if a
+    user had written it.
+    """
+
+    path: str
+    channel: Channel
+    text: str
+    characters: int
+
+
 @dataclass(frozen=True, slots=True)
 class Said:
     """One turn of a request, and where its texts stand there.
@@ -85,6 +98,8 @@ class Said:
         call_paths: the place of each of its tool calls, in order; as many as the turn has.
         glued: the parts of the content without anything between them, when there are several; else None.
         unseen: what in it no guard sees.
+        words: short texts around it, by their paths: the name of who speaks, of a called tool. They are judged with
+            the turn, but by themselves.
     """
 
     turn: Turn
@@ -93,6 +108,7 @@ class Said:
     call_paths: tuple[str, ...] = ()
     glued: str | None = None
     unseen: tuple[Coverage, ...] = ()
+    words: tuple[tuple[str, str], ...] = ()
 
     @property
     def has_text(self) -> bool:
@@ -114,22 +130,48 @@ class Prompt(NamedTuple):
     unseen: tuple[Coverage, ...]
 
 
-def prompt_of(said: Sequence[Said], *, judge_system: bool, beside: Iterable[Coverage] = ()) -> Prompt:
+def prompt_of(
+    said: Sequence[Said], *, judge_system: bool, beside: Iterable[Beside] = (), unseen: Iterable[Coverage] = ()
+) -> Prompt:
     """Say which texts of a request are judged, and what becomes of each.
 
     Args:
         said: its turns, at least one.
         judge_system: whether system turns are judged too, as if a user had written them.
-        beside: what no guard sees beside the turns.
+        beside: the texts that are no turns.
+        unseen: what no guard sees, beside that in the turns.
     """
     new = _new_turns(said, judge_system=judge_system)
-    beside = tuple(beside)
+    unseen, beside = tuple(unseen), tuple(beside)
+    words = [
+        Beside(path, _CHANNELS.get(said[index].turn.role, Channel.USER), text, len(text))
+        for index in sorted(new)
+        for path, text in said[index].words
+    ]
+    users = [*words, *(one for one in beside if one.channel is not Channel.SYSTEM)]
+    operators = [one for one in beside if one.channel is Channel.SYSTEM]
+    apart = (*_together(users, Role.USER), *(_together(operators, Role.SYSTEM) if judge_system else ()))
+    judged = {one for text in apart for one in text.paths}
     return Prompt(
         Conversation(tuple(one.turn for one in said)),
-        tuple(_new_texts(said, new)),
-        (*_coverage(said, new), *beside),
-        (*(part for one in said for part in one.unseen), *beside),
+        (*_new_texts(said, new), *apart),
+        (*_coverage(said, new), *(_of_beside(one, judged) for one in beside), *unseen),
+        (*(part for one in said for part in one.unseen), *unseen),
     )
+
+
+def _together(texts: Sequence[Beside], role: Role) -> Iterator[PromptText]:
+    """Texts that are no turns are judged as one, so that they cost one judgement however many they are."""
+    texts = [one for one in texts if one.text]
+    if texts:
+        turn = Turn(role, "\n".join(one.text for one in texts))
+        places = tuple((one.path, len(one.text)) for one in texts)
+        yield PromptText(Conversation((turn,)), places, frozenset(one.path for one in texts))
+
+
+def _of_beside(one: Beside, judged: Collection[str]) -> Coverage:
+    state = CoverageState.JUDGED if one.path in judged else CoverageState.NOT_JUDGED
+    return Coverage(one.path, one.channel, state, one.characters)
 
 
 def _new_turns(said: Sequence[Said], *, judge_system: bool) -> set[int]:
@@ -196,4 +238,6 @@ def _coverage(said: Sequence[Said], new: set[int]) -> Iterator[Coverage]:
             yield Coverage(one.reasoning_path, Channel.REASONING, state, len(turn.reasoning))
         for path, call in zip(one.call_paths, turn.tool_calls, strict=True):
             yield Coverage(path, Channel.TOOL_CALL, state, len(call.arguments))
+        for path, text in one.words:
+            yield Coverage(path, _CHANNELS.get(turn.role, Channel.USER), state, len(text))
         yield from one.unseen

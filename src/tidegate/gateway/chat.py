@@ -10,22 +10,30 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from tidegate.gateway import sse
 from tidegate.gateway.answers import NO_USAGE, AnswerStream, judge_answer
-from tidegate.gateway.asked import Asked, Said, prompt_of
+from tidegate.gateway.asked import Asked, Beside, Said, prompt_of
 from tidegate.gateway.channels import Judging
-from tidegate.gateway.schemas import characters_in, kind_of, refuse
+from tidegate.gateway.fields import (
+    OPENAI_HEADERS,
+    count_of,
+    flag_of,
+    model_of,
+    options_of,
+    sentences_in,
+    strings_in,
+    subject_of,
+    unseen_in,
+)
+from tidegate.gateway.schemas import kind_of, refuse, weight_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.upstream import KeyHeader
 from tidegate.types import Channel, Coverage, CoverageState, Role, ToolCall, Turn
 
-__all__ = ["OPENAI_HEADERS", "ChatDoor", "ChatRequest", "read_chat"]
+__all__ = ["ChatDoor", "ChatRequest", "read_chat"]
 
-
-OPENAI_HEADERS: Final = ("authorization", "openai-organization", "openai-project")
-"""A client's headers that an upstream with OpenAI's API understands."""
 
 MOST_MESSAGES: Final = 2048
 
@@ -38,13 +46,25 @@ _ROLES: Final = {
     "tool": Role.TOOL,
     "function": Role.TOOL,
 }
-_MESSAGE_FIELDS: Final = frozenset(
-    ("role", "content", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning")
+_MESSAGE_READ: Final = frozenset(("role", "content", "tool_calls", "function_call"))
+_MESSAGE_WORDS: Final = ("name", "tool_call_id", "refusal")
+_MESSAGE_REASONING: Final = ("reasoning_content", "reasoning")
+_PART_TEXTS: Final = ("text", "refusal")
+_PART_IDENTITIES: Final = frozenset(("type", "cache_control"))
+_CALL_IDENTITIES: Final = frozenset(("id", "type", "index"))
+_CALL_KINDS: Final = ("function", "custom")
+_ARGUMENTS: Final = ("arguments", "input")
+
+_OPTIONS_READ: Final = frozenset(
+    ("messages", "tools", "functions", "response_format", "prediction", "web_search_options")
 )
-_PLAIN_OPTIONS: Final = frozenset(
+_OPERATOR: Final = ("tools", "functions", "response_format")
+"""What tells the model about its work: the operator's words, as system turns are."""
+_PLAIN: Final = frozenset(("allowed_token_ids", "stop_token_ids"))
+_IDENTITIES: Final = frozenset(
     {
+        "audio",
         "function_call",
-        "messages",
         "metadata",
         "modalities",
         "model",
@@ -54,12 +74,13 @@ _PLAIN_OPTIONS: Final = frozenset(
         "safety_identifier",
         "service_tier",
         "stop",
+        "stream_options",
         "tool_choice",
         "user",
         "verbosity",
     }
 )
-"""Options whose words never reach the model as text; the text in any other one is counted as not judged."""
+"""Options with words for programs, which the model does not read."""
 
 
 class ChatDoor:
@@ -141,11 +162,38 @@ def read_chat(body: dict[str, Any], *, judge_system: bool = False) -> ChatReques
 
     Args:
         body: the request.
-        judge_system: whether system and developer turns are judged too, as if a user had written them.
+        judge_system: whether system and developer turns are judged too, as if a user had written them; and with them
+            tools and response_format.
 
     Raises:
         Problem: 400, with the place of what is wrong.
     """
+    messages = _messages(body)
+    model = model_of(body)
+    choices = count_of(body, "n")
+    stream = flag_of(body, "stream")
+    options = options_of(body)
+    tools = frozenset(_tool_names(body))
+    said = [_message(message, f"messages[{index}]", tools) for index, message in enumerate(messages)]
+    prompt = prompt_of(
+        said,
+        judge_system=judge_system,
+        beside=_beside(body),
+        unseen=unseen_in(body, read=_OPTIONS_READ, plain=_PLAIN, identities=_IDENTITIES, channel=Channel.SYSTEM),
+    )
+    return ChatRequest(
+        body=body,
+        **prompt._asdict(),
+        model=model,
+        stream=stream,
+        tools=tools,
+        subject=subject_of(body),
+        choices=choices,
+        wants_usage=bool(options.get("include_usage")),
+    )
+
+
+def _messages(body: Mapping[str, Any]) -> list[Any]:
     messages = body.get("messages")
     if "messages" not in body:
         refuse("'messages' is missing: expected an array of messages", "missing_required_parameter", param="messages")
@@ -155,38 +203,29 @@ def read_chat(body: dict[str, Any], *, judge_system: bool = False) -> ChatReques
         refuse("expected at least one message, got an empty array", "empty_array", param="messages")
     if len(messages) > MOST_MESSAGES:
         refuse(f"expected at most {MOST_MESSAGES:,} messages, got {len(messages):,}", "too_many", param="messages")
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        refuse("expected the name of a model, as a string", "missing_required_parameter", param="model")
-    choices = body.get("n")
-    if choices is not None and (isinstance(choices, bool) or not isinstance(choices, int) or not 1 <= choices <= 128):
-        refuse("expected a whole number from 1 to 128", "invalid_value", param="n")
-    stream = body.get("stream")
-    if stream is not None and not isinstance(stream, bool):
-        refuse(f"expected true or false, got {kind_of(stream)}", "invalid_type", param="stream")
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        refuse(f"expected an object, got {kind_of(options)}", "invalid_type", param="stream_options")
-    said = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    prompt = prompt_of(said, judge_system=judge_system, beside=_unjudged_options(body))
-    return ChatRequest(
-        body=body,
-        **prompt._asdict(),
-        model=model,
-        stream=bool(stream),
-        tools=frozenset(_tool_names(body)),
-        subject=_subject(body),
-        choices=choices or 1,
-        wants_usage=bool(options and options.get("include_usage")),
-    )
+    return messages
 
 
-def _subject(body: Mapping[str, Any]) -> str | None:
-    given = (body.get(name) for name in ("safety_identifier", "user"))
-    return next((value for value in given if isinstance(value, str) and value), None)
+def _beside(body: Mapping[str, Any]) -> Iterator[Beside]:
+    """The texts of the options that the model reads."""
+    for name in _OPERATOR:
+        value = body.get(name)
+        if sentences_in(value) or (name != "response_format" and weight_of(value)):
+            yield Beside(name, Channel.SYSTEM, "\n".join(strings_in(value)), weight_of(value))
+    for name in ("prediction", "web_search_options"):
+        text = "\n".join(_unlike_words(body.get(name)))
+        if text:
+            yield Beside(name, Channel.USER, text, len(text))
 
 
-def _message(message: Any, path: str) -> Said:
+def _unlike_words(value: Any) -> Iterator[str]:
+    """The texts of an option whose fields we know by name: kinds and sizes are words for programs."""
+    if isinstance(value, dict):
+        value = {name: inner for name, inner in value.items() if name != "search_context_size" or sentences_in(inner)}
+    yield from strings_in(value)
+
+
+def _message(message: Any, path: str, tools: frozenset[str]) -> Said:
     """One message: the turn that it is, its text in other joints, and what in it cannot be judged."""
     if not isinstance(message, dict):
         refuse(f"expected an object with role and content, got {kind_of(message)}", "invalid_type", param=path)
@@ -195,23 +234,34 @@ def _message(message: Any, path: str) -> Said:
         refuse(f"expected one of {', '.join(_ROLES)}", "invalid_value", param=f"{path}.role")
     channel = _CHANNELS.get(role, Channel.ANSWER)
     texts, unseen = _content(message.get("content"), f"{path}.content", role, channel)
-    reasoning = [message[name] for name in ("reasoning_content", "reasoning") if isinstance(message.get(name), str)]
-    calls = tuple(_tool_calls(message, path))
-    for name, value in message.items():
-        if name not in _MESSAGE_FIELDS and (count := characters_in(value)):
-            unseen.append(Coverage(f"{path}.{name}", channel, CoverageState.NOT_JUDGED, count))
+    reasoning = {name: message[name] for name in _MESSAGE_REASONING if isinstance(message.get(name), str)}
+    words = {name: message[name] for name in _MESSAGE_WORDS if isinstance(message.get(name), str)}
+    calls = list(_calls(message, path, channel))
+    unseen += unseen_in(
+        message, read={*_MESSAGE_READ, *reasoning, *words}, identities=("audio",), path=path, channel=channel
+    )
+    unseen += (part for call in calls for part in call.unseen)
     return Said(
-        Turn(role, "\n".join(texts), "\n".join(reasoning), calls),
+        Turn(role, "\n".join(texts), "\n".join(reasoning.values()), tuple(call.call for call in calls)),
         f"{path}.content",
         f"{path}.reasoning_content",
-        tuple(f"{path}.tool_calls[{number}]" for number in range(len(calls))),
+        tuple(call.path for call in calls),
         "".join(texts) if len(texts) > 1 else None,
         tuple(unseen),
+        (
+            *((f"{path}.{name}", text) for name, text in words.items() if _reads(name, text, tools)),
+            *((f"{call.path}.name", call.call.name) for call in calls if _reads("name", call.call.name, tools)),
+        ),
     )
 
 
+def _reads(name: str, text: str, tools: frozenset[str]) -> bool:
+    """Whether a short text beside a message is one to judge: not an identity, and no tool that is offered anyway."""
+    return bool(text) and (sentences_in(text) > 0 if name == "tool_call_id" else text not in tools)
+
+
 def _content(value: Any, path: str, role: Role, channel: Channel) -> tuple[list[str], list[Coverage]]:
-    """The texts of a message's content, and the parts of it that are not text."""
+    """The texts of a message's content, and what of it is not text."""
     if isinstance(value, str):
         return [value], []
     if value is None and role is Role.ASSISTANT:
@@ -219,45 +269,65 @@ def _content(value: Any, path: str, role: Role, channel: Channel) -> tuple[list[
     if not isinstance(value, list):
         refuse(f"expected a string or an array of parts, got {kind_of(value)}", "invalid_type", param=path)
     texts: list[str] = []
-    unjudged: list[Coverage] = []
+    unseen: list[Coverage] = []
     for index, part in enumerate(value):
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             refuse("expected an object with a type", "invalid_type", param=f"{path}[{index}]")
-        text = next((part[name] for name in ("text", "refusal") if isinstance(part.get(name), str)), None)
-        if text is not None:
-            texts.append(text)
+        name = next((name for name in _PART_TEXTS if isinstance(part.get(name), str)), None)
+        if name is not None:
+            texts.append(part[name])
+            place = f"{path}[{index}]"
+            unseen += unseen_in(part, read=(name,), identities=_PART_IDENTITIES, path=place, channel=channel)
         elif part["type"] == "text":
             refuse("expected a string", "invalid_type", param=f"{path}[{index}].text")
         else:
-            unjudged.append(Coverage(f"{path}[{index}]", channel, CoverageState.NOT_JUDGED, _payload(part)))
-    return texts, unjudged
+            unseen.append(Coverage(f"{path}[{index}]", channel, CoverageState.NOT_JUDGED, _payload(part)))
+    return texts, unseen
 
 
 def _payload(part: Mapping[str, Any]) -> int:
     """How many characters a part that is not text has, such as its address or its data; at least 1."""
-    return max(1, characters_in({name: value for name, value in part.items() if name != "type"}))
+    rest = {name: value for name, value in part.items() if name != "type"}
+    return max(1, weight_of(rest) + sentences_in(part["type"]))
 
 
-def _tool_calls(message: Mapping[str, Any], path: str) -> Iterator[ToolCall]:
+class _Call(NamedTuple):
+    """A call of a tool, where it stands, and what in it no guard sees."""
+
+    call: ToolCall
+    path: str
+    unseen: tuple[Coverage, ...]
+
+
+def _calls(message: Mapping[str, Any], path: str, channel: Channel) -> Iterator[_Call]:
     calls = message.get("tool_calls")
     if calls is not None and not isinstance(calls, list):
         refuse(f"expected an array, got {kind_of(calls)}", "invalid_type", param=f"{path}.tool_calls")
     for index, call in enumerate(calls or ()):
+        place = f"{path}.tool_calls[{index}]"
         if not isinstance(call, dict):
-            refuse(f"expected an object, got {kind_of(call)}", "invalid_type", param=f"{path}.tool_calls[{index}]")
-    named = [call.get("function") or call.get("custom") for call in calls or ()]
-    for call in (*named, message.get("function_call")):
-        if isinstance(call, dict):
-            arguments = call.get("arguments", call.get("input", ""))
-            if not isinstance(arguments, str):
-                arguments = json.dumps(arguments, ensure_ascii=False)
-            yield ToolCall(str(call.get("name", "")), arguments)
+            refuse(f"expected an object, got {kind_of(call)}", "invalid_type", param=place)
+        kind = next((name for name in _CALL_KINDS if isinstance(call.get(name), dict)), None)
+        rest = tuple(
+            unseen_in(call, read=(kind,) if kind else (), identities=_CALL_IDENTITIES, path=place, channel=channel)
+        )
+        yield _call(call[kind] if kind else {}, place, channel, rest)
+    function = message.get("function_call")
+    if isinstance(function, dict):
+        yield _call(function, f"{path}.function_call", channel, ())
+    elif function is not None:
+        refuse(f"expected an object, got {kind_of(function)}", "invalid_type", param=f"{path}.function_call")
 
 
-def _unjudged_options(body: Mapping[str, Any]) -> Iterator[Coverage]:
-    for name, value in body.items():
-        if name not in _PLAIN_OPTIONS and (count := characters_in(value)):
-            yield Coverage(name, Channel.SYSTEM, CoverageState.NOT_JUDGED, count)
+def _call(function: Mapping[str, Any], path: str, channel: Channel, rest: tuple[Coverage, ...]) -> _Call:
+    given = next((name for name in _ARGUMENTS if name in function), None)
+    arguments = function.get(given, "") if given else ""
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    named = function.get("name")
+    read = {given, "name"} if isinstance(named, str) else {given}
+    unseen = unseen_in(function, read=[one for one in read if one], path=path, channel=channel)
+    return _Call(ToolCall(named if isinstance(named, str) else "", arguments), path, (*rest, *unseen))
 
 
 def _tool_names(body: Mapping[str, Any]) -> Iterator[str]:

@@ -34,7 +34,7 @@ from tidegate.gateway.telemetry import Telemetry
 from tidegate.gateway.upstream import KeyHeader, Upstream, UpstreamAnswer
 from tidegate.guards.base import StreamGuard
 from tidegate.moderate import Keep, moderate, surely
-from tidegate.policy import Policy, PolicySource, Retention
+from tidegate.policy import UNJUDGED_REQUEST, Policy, PolicySource, Retention, decide
 from tidegate.types import Conversation, Coverage, CoverageState, Decision, Scope
 
 __all__ = ["Behind", "Door", "Endpoint", "Watch"]
@@ -44,6 +44,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger("tidegate.gateway")
 _EVENT_STREAM: Final = "text/event-stream"
+_UNJUDGED: Final = "there is text here that no guard can judge, and the policy takes no such request"
 _NO_UPSTREAM: Final = "this gateway has no upstream: start it with one"
 
 
@@ -260,7 +261,7 @@ class _Exchange(Generic[A]):
         self._policy: Policy = endpoint.behind.policy.current.at(scope)
         self._upstream = upstream
         self._headers = headers
-        self._prompt_kept: asyncio.Task[str | None] | None = None
+        self._keeping: list[asyncio.Task[str | None]] = []
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         work = asyncio.ensure_future(self._run(scope, receive, send))
@@ -280,6 +281,14 @@ class _Exchange(Generic[A]):
                 _log.debug("exchange ended early: %s", type(work.exception()).__name__)
 
     async def _run(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        try:
+            await self._take_unjudged()
+        except Problem as problem:
+            await self._endpoint.tell(problem)(scope, receive, send)
+            return
+        except TidegateError as error:
+            await self._endpoint.tell(problem_of(error))(scope, receive, send)
+            return
         body = json.dumps(self._asked.body, ensure_ascii=False, separators=(",", ":")).encode()
         door = self._door
         call = asyncio.ensure_future(
@@ -309,6 +318,30 @@ class _Exchange(Generic[A]):
 
     # the prompt
 
+    async def _take_unjudged(self) -> None:
+        """Decide about text that no guard can judge; the prompt's own decision lists it where it may go on.
+
+        Raises:
+            Problem: when the policy refuses it.
+            StoreError: when the decision about that could not be kept.
+        """
+        asked = self._asked
+        if not asked.unseen:
+            return
+        unjudged = tuple(replace(part, state=CoverageState.NOT_JUDGED) for part in asked.coverage)
+        decision = decide(self._policy, UNJUDGED_REQUEST, self._scope, unjudged)
+        refused = decision.action >= BLOCKS
+        if refused or not asked.new or decision.observed is not None:
+            self._keep_prompt(decision)
+        if refused:
+            await self._settle()
+            raise Problem(400, _UNJUDGED, param=asked.unseen[0].path, code="unjudged_content")
+
+    def _keep_prompt(self, decision: Decision) -> asyncio.Task[str | None]:
+        task = asyncio.ensure_future(self._keep(decision, self._asked.conversation, "prompt"))
+        self._keeping.append(task)
+        return task
+
     async def _judge_prompt(self, call: asyncio.Future[UpstreamAnswer]) -> ASGIApp | None:
         """Judge what is new; returns what the client gets when that is blocked, else None."""
         asked, behind = self._asked, self._behind
@@ -333,11 +366,11 @@ class _Exchange(Generic[A]):
         )
         behind.telemetry.count_failures(one for place, one in enumerate(decisions) if place != number)
         decision = replace(decisions[number], coverage=tuple(_without(asked.coverage, unjudged)))
-        self._prompt_kept = asyncio.ensure_future(self._keep(decision, asked.conversation, "prompt"))
+        kept = self._keep_prompt(decision)
         if decision.action < BLOCKS:
             return None
         await _drop(call)
-        return self._refusal(decision, asked.new[number], await surely(_result(self._prompt_kept)))
+        return self._refusal(decision, asked.new[number], await surely(_result(kept)))
 
     def _refusal(self, decision: Decision, text: PromptText, identity: str | None) -> ASGIApp:
         field = decision_field(decision, self._policy, text=text, identity=identity)
@@ -347,9 +380,9 @@ class _Exchange(Generic[A]):
         return JSONResponse(self._door.refusal(self._asked, message, field))
 
     async def _settle(self) -> None:
-        """Wait until the prompt's decision is kept."""
-        if self._prompt_kept is not None:
-            await surely(_result(self._prompt_kept))
+        """Wait until the decisions on the prompt are kept."""
+        for kept in self._keeping:
+            await surely(_result(kept))
 
     # the answer
 

@@ -22,15 +22,18 @@ from tidegate.types import Coverage, Decision, Span
 __all__ = [
     "characters_in",
     "decision_field",
+    "is_name",
     "json_of",
     "kind_of",
     "mended",
     "read_json",
     "refuse",
     "undecided_field",
+    "weight_of",
     "worst_decision",
 ]
 
+_FIELD: Final = re.compile(r"[\w.:/@+-]{1,64}", re.ASCII)
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
@@ -113,6 +116,27 @@ def kind_of(value: Any) -> str:
     """What a JSON value is, in words for an error."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def is_name(name: str) -> bool:
+    """Whether this can be the name of a field, and no sentence."""
+    return _FIELD.fullmatch(name) is not None
+
+
+def weight_of(value: Any) -> int:
+    """How much a JSON value could tell: the characters of its strings and of names that could be sentences, and one
+    for each number in an array, because it may be the id of a token."""
+    match value:
+        case str():
+            return len(value)
+        case dict():
+            names = sum(0 if is_name(name) else len(name) for name in value)
+            return names + sum(map(weight_of, value.values()))
+        case list():
+            return sum(
+                1 if isinstance(one, int | float) and not isinstance(one, bool) else weight_of(one) for one in value
+            )
+    return 0
 
 
 def characters_in(value: Any) -> int:

@@ -47,6 +47,7 @@ __all__ = [
     "chunk",
     "completion",
     "text_chunks",
+    "text_completion",
 ]
 
 # --- guards -------------------------------------------------------------------------------------------------------
@@ -492,6 +493,16 @@ def completion(*contents: str | Mapping[str, Any], finish_reason: str = "stop") 
     ]
     usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
     return {**_head("chat.completion"), "choices": choices, "usage": usage}
+
+
+def text_completion(*texts: str, finish_reason: str = "stop") -> dict[str, Any]:
+    """A whole ``text_completion``: one choice for each text."""
+    choices = [
+        {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}
+        for index, text in enumerate(texts)
+    ]
+    usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    return {**_head("text_completion"), "choices": choices, "usage": usage}
 
 
 def _head(kind: str) -> dict[str, Any]:

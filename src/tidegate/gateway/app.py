@@ -23,6 +23,7 @@ from tidegate.errors import TidegateError
 from tidegate.gateway.chat import ChatDoor
 from tidegate.gateway.completions import CompletionsDoor
 from tidegate.gateway.exchange import Behind, Door, Endpoint
+from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
@@ -129,7 +130,7 @@ def create_app(
         longest_body=longest_body,
         guard_timeout_s=patience_s,
     )
-    models = _Models(upstream, guard.name, telemetry)
+    models = Models(upstream, guard.name, policy, behind.trusted, telemetry)
     checkup = _Health(guard, health, health_timeout_s, policy)
 
     async def metrics(request: Request) -> Response:
@@ -155,6 +156,7 @@ def create_app(
             *(Route(door.route, Endpoint(door, behind).answer, methods=["POST"]) for door in DOORS),
             Route("/v1/moderations", moderations.create, methods=["POST"]),
             Route("/v1/models", models.list, methods=["GET"]),
+            Route("/v1/models/{name:path}", models.one, methods=["GET"]),
             Route("/healthz", checkup.tell, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
             *routes,
@@ -208,26 +210,6 @@ def _watching(policy: PolicySource, telemetry: Telemetry) -> asyncio.Task[None] 
 
     policy.tell = tell_from_thread
     return asyncio.create_task(policy.watch())
-
-
-class _Models:
-    """``GET /v1/models``: the upstream's; without one, the guard is the only model."""
-
-    def __init__(self, upstream: Upstream | None, guard: str, telemetry: Telemetry) -> None:
-        self._upstream = upstream
-        self._guard = guard
-        self._telemetry = telemetry
-
-    async def list(self, request: Request) -> Response:
-        if self._upstream is None:
-            own = {"id": self._guard, "object": "model", "created": 0, "owned_by": "tidegate"}
-            return JSONResponse({"object": "list", "data": [own]})
-        headers = {name: request.headers[name] for name in ("authorization",) if name in request.headers}
-        async with self._upstream.request("GET", "/models", headers=headers) as answer:
-            if answer.status != 200:
-                self._telemetry.upstream_errors.labels("status").inc()
-                raise await answer.problem()
-            return JSONResponse(await answer.json())
 
 
 class _Health:

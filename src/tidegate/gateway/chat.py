@@ -49,6 +49,7 @@ _ROLES: Final = {
 _MESSAGE_READ: Final = frozenset(("role", "content", "tool_calls", "function_call"))
 _MESSAGE_WORDS: Final = ("name", "tool_call_id", "refusal")
 _MESSAGE_REASONING: Final = ("reasoning_content", "reasoning")
+_MESSAGE_KNOWN: Final = (*_MESSAGE_WORDS, *_MESSAGE_REASONING)
 _PART_TEXTS: Final = ("text", "refusal")
 _PART_IDENTITIES: Final = frozenset(("type", "cache_control"))
 _CALL_IDENTITIES: Final = frozenset(("id", "type", "index"))
@@ -238,7 +239,12 @@ def _message(message: Any, path: str, tools: frozenset[str]) -> Said:
     words = {name: message[name] for name in _MESSAGE_WORDS if isinstance(message.get(name), str)}
     calls = list(_calls(message, path, channel))
     unseen += unseen_in(
-        message, read={*_MESSAGE_READ, *reasoning, *words}, identities=("audio",), path=path, channel=channel
+        message,
+        read={*_MESSAGE_READ, *reasoning, *words},
+        identities=("audio",),
+        path=path,
+        channel=channel,
+        reserved=_MESSAGE_KNOWN,
     )
     unseen += (part for call in calls for part in call.unseen)
     return Said(
@@ -277,7 +283,9 @@ def _content(value: Any, path: str, role: Role, channel: Channel) -> tuple[list[
         if name is not None:
             texts.append(part[name])
             place = f"{path}[{index}]"
-            unseen += unseen_in(part, read=(name,), identities=_PART_IDENTITIES, path=place, channel=channel)
+            unseen += unseen_in(
+                part, read=(name,), identities=_PART_IDENTITIES, path=place, channel=channel, reserved=_PART_TEXTS
+            )
         elif part["type"] == "text":
             refuse("expected a string", "invalid_type", param=f"{path}[{index}].text")
         else:
@@ -309,7 +317,14 @@ def _calls(message: Mapping[str, Any], path: str, channel: Channel) -> Iterator[
             refuse(f"expected an object, got {kind_of(call)}", "invalid_type", param=place)
         kind = next((name for name in _CALL_KINDS if isinstance(call.get(name), dict)), None)
         rest = tuple(
-            unseen_in(call, read=(kind,) if kind else (), identities=_CALL_IDENTITIES, path=place, channel=channel)
+            unseen_in(
+                call,
+                read=(kind,) if kind else (),
+                identities=_CALL_IDENTITIES,
+                path=place,
+                channel=channel,
+                reserved=_CALL_KINDS,
+            )
         )
         yield _call(call[kind] if kind else {}, place, channel, rest)
     function = message.get("function_call")
@@ -326,7 +341,9 @@ def _call(function: Mapping[str, Any], path: str, channel: Channel, rest: tuple[
         arguments = json.dumps(arguments, ensure_ascii=False)
     named = function.get("name")
     read = {given, "name"} if isinstance(named, str) else {given}
-    unseen = unseen_in(function, read=[one for one in read if one], path=path, channel=channel)
+    unseen = unseen_in(
+        function, read=[one for one in read if one], path=path, channel=channel, reserved=("name", *_ARGUMENTS)
+    )
     return _Call(ToolCall(named if isinstance(named, str) else "", arguments), path, (*rest, *unseen))
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "CHAT_TEXTS",
     "CHOICE_FIELDS",
     "COMPLETION_TEXTS",
+    "MODEL_FIELDS",
     "OUR_FIELD",
     "TOP_FIELDS",
     "Known",
@@ -202,6 +203,17 @@ TOP_FIELDS: Final[Mapping[str, Check]] = {
     "system_fingerprint": _identity("fp_"),
     "service_tier": _word,
     "usage": _numbers,
+}
+MODEL_FIELDS: Final[Mapping[str, Check]] = {
+    "id": _identity("model-"),
+    "object": _word,
+    "type": _word,
+    "created": _number,
+    "owned_by": _identity("owner-"),
+    "root": _identity("model-"),
+    "parent": _identity("model-"),
+    "first_id": _identity("model-"),
+    "last_id": _identity("model-"),
 }
 CHOICE_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "finish_reason": _word}
 _CALL_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "id": _identity("call_"), "type": _word}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from tidegate.errors import StoreError, TidegateError, UpstreamError
 from tidegate.gateway import sse
 from tidegate.gateway.asked import Asked, PromptText
 from tidegate.gateway.channels import BLOCKS, Judging
-from tidegate.gateway.schemas import decision_field, read_json, worst_decision
+from tidegate.gateway.schemas import decision_field, read_body, worst_decision
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.gateway.upstream import KeyHeader, Upstream, UpstreamAnswer
@@ -37,7 +36,7 @@ from tidegate.moderate import Keep, moderate, surely
 from tidegate.policy import UNJUDGED_REQUEST, Policy, PolicySource, Retention, decide
 from tidegate.types import Conversation, Coverage, CoverageState, Decision, Scope
 
-__all__ = ["Behind", "Door", "Endpoint", "Watch"]
+__all__ = ["Behind", "Door", "Endpoint", "Watch", "scope_of"]
 
 A = TypeVar("A", bound=Asked)
 T = TypeVar("T")
@@ -172,8 +171,8 @@ class Behind:
     judge_system: bool = False
 
 
-def scope_of(request: Request, asked: Asked) -> Scope:
-    """For whom an exchange is decided.
+def scope_of(request: Request, subject: str | None = None) -> Scope:
+    """For whom a request is decided, ``subject`` by the id that the client gives that person.
 
     ``tenant`` and ``region`` are what a middleware left in the request's state under these names.
     """
@@ -182,7 +181,7 @@ def scope_of(request: Request, asked: Asked) -> Scope:
         region=_word_of(request, "region"),
         route=request.url.path,
         language=None,  # of the conversation: nobody tells it yet
-        subject=asked.subject,
+        subject=subject,
     )
 
 
@@ -211,12 +210,12 @@ class Endpoint(Generic[A]):
                 raise Problem(
                     503, "this gateway has no upstream: start it with one", "server_error", None, "no_upstream"
                 )
-            body = await read_json(request, longest=behind.longest_body)
-            asked = self.door.read(body, judge_system=behind.judge_system)
+            body = await read_body(request, longest=behind.longest_body)
+            asked = self.door.read(body.value, judge_system=behind.judge_system)
         except Problem as problem:
             return self.tell(problem)
         headers = {name: request.headers[name] for name in self.door.headers if name in request.headers}
-        return _Exchange(self, behind.upstream, asked, scope_of(request, asked), headers)
+        return _Exchange(self, behind.upstream, asked, scope_of(request, asked.subject), headers, body.sent(asked.body))
 
     def tell(self, problem: Problem) -> JSONResponse:
         """An error in the shape of this door."""
@@ -251,7 +250,13 @@ class _Exchange(Generic[A]):
     """One request and its answer: an ASGI app, so that it sees the client hang up."""
 
     def __init__(
-        self, endpoint: Endpoint[A], upstream: Upstream, asked: A, scope: Scope, headers: Mapping[str, str]
+        self,
+        endpoint: Endpoint[A],
+        upstream: Upstream,
+        asked: A,
+        scope: Scope,
+        headers: Mapping[str, str],
+        body: bytes,
     ) -> None:
         self._endpoint = endpoint
         self._door = endpoint.door
@@ -261,6 +266,7 @@ class _Exchange(Generic[A]):
         self._policy: Policy = endpoint.behind.policy.current.at(scope)
         self._upstream = upstream
         self._headers = headers
+        self._body = body
         self._keeping: list[asyncio.Task[str | None]] = []
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
@@ -289,10 +295,9 @@ class _Exchange(Generic[A]):
         except TidegateError as error:
             await self._endpoint.tell(problem_of(error))(scope, receive, send)
             return
-        body = json.dumps(self._asked.body, ensure_ascii=False, separators=(",", ":")).encode()
         door = self._door
         call = asyncio.ensure_future(
-            self._upstream.send("POST", door.path, headers=self._headers, key_header=door.key_header, body=body)
+            self._upstream.send("POST", door.path, headers=self._headers, key_header=door.key_header, body=self._body)
         )
         try:
             refusal = await self._judge_prompt(call)

@@ -88,6 +88,7 @@ def unseen_in(
     identities: Collection[str] = (),
     path: str = "",
     channel: Channel = Channel.USER,
+    reserved: Collection[str] = (),
 ) -> Iterator[Coverage]:
     """The text in an object's fields that no guard sees.
 
@@ -98,8 +99,16 @@ def unseen_in(
         identities: those of words for programs.
         path: of the object; "" for the body itself.
         channel: whose text it is.
+        reserved: more names that only the fields of these names may have.
+
+    Raises:
+        Problem: 400 for a name that differs from a known one in its case only: some upstreams take it for that one.
     """
+    known = {*read, *plain, *identities, *reserved}
     for name, value in fields.items():
+        if name not in known and name.casefold() in known:
+            place = f"{path}.{name.casefold()}" if path else name.casefold()
+            refuse("expected the name of this field in lower case", "unknown_parameter", param=place)
         if name in read or (name in plain and not sentences_in(value)):
             continue
         count = sentences_in(value) if name in identities else weight_of(value)

@@ -1,7 +1,8 @@
 """The wire and our words: JSON bodies are read and checked here, and decisions are written in OpenAI's shapes.
 
-What a request says is judged as the upstream will read it: a body is parsed once, and what was parsed is what is sent
-on, so that a key given twice or a broken character cannot mean one thing here and another there.
+What a request says is judged as the upstream will read it. A body goes on in the client's own bytes when they can be
+read in one way only; where a key is given twice, or a character is broken, what was parsed goes on in their place, so
+that they cannot mean one thing here and another there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from starlette.requests import Request
 
@@ -20,12 +21,14 @@ from tidegate.policy import Policy
 from tidegate.types import Coverage, Decision, Span
 
 __all__ = [
+    "Body",
     "characters_in",
     "decision_field",
     "is_name",
     "json_of",
     "kind_of",
     "mended",
+    "read_body",
     "read_json",
     "refuse",
     "undecided_field",
@@ -40,8 +43,26 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 # --- bodies -------------------------------------------------------------------------------------------------------
 
 
+class Body(NamedTuple):
+    """The body of a request: what it says, and the client's own bytes when nobody can read them in another way."""
+
+    value: dict[str, Any]
+    data: bytes | None
+
+    def sent(self, value: dict[str, Any]) -> bytes:
+        """The bytes in which a value goes on; the client's own, when it is the very value that was read."""
+        if value is self.value and self.data is not None:
+            return self.data
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 async def read_json(request: Request, *, longest: int) -> dict[str, Any]:
-    """The body of a request as a JSON object.
+    """The body of a request as a JSON object. Raises Problem as `read_body`."""
+    return (await read_body(request, longest=longest)).value
+
+
+async def read_body(request: Request, *, longest: int) -> Body:
+    """The body of a request, a JSON object.
 
     Raises:
         Problem: 413 as soon as more than ``longest`` bytes have come; 400 when it is not UTF-8, not JSON or no object.
@@ -51,17 +72,29 @@ async def read_json(request: Request, *, longest: int) -> dict[str, Any]:
         text = data.decode()
     except UnicodeDecodeError as error:
         refuse(f"the body is not UTF-8: byte {error.start} cannot be read", code="invalid_utf8")
+    repeated = False
+
+    def pairs(listed: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal repeated
+        fields = dict(listed)
+        repeated = repeated or len(fields) < len(listed)
+        return fields
+
+    broken = False
     try:
-        body = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        body = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=pairs)
         if "\\ud" in text or "\\uD" in text:
-            body = json.loads(mended(json.dumps(body, ensure_ascii=False)))
+            said = json.dumps(body, ensure_ascii=False)
+            whole = mended(said)
+            broken = whole != said
+            body = json.loads(whole)
     except json.JSONDecodeError as error:
         refuse(f"the body is not JSON: line {error.lineno}, column {error.colno}: {error.msg}", code="invalid_json")
     except (ValueError, RecursionError):
         refuse("the body is not JSON: it is nested too deep, or has a number that JSON does not know", "invalid_json")
     if not isinstance(body, dict):
         refuse(f"expected a JSON object, got {kind_of(body)}")
-    return body
+    return Body(body, None if repeated or broken else data)
 
 
 async def _read(request: Request, longest: int) -> bytes:

@@ -159,6 +159,12 @@ class _Choice:
             self.unjudged = self.judging.refused()
             self.blocked = self.blocked or self.unjudged.action >= BLOCKS
 
+    def close_tokens(self) -> None:
+        """No more tokens come: what never spelled anything is dropped, and counted."""
+        self.tokens.close(Parts(dropped=self.dropped))
+        if self.dropped:
+            self.refuse()
+
     def open(self, slot: Slot, kind: Channel) -> TextChannel:
         """Begin another text."""
         texts = self.texts()
@@ -386,7 +392,9 @@ class AnswerStream:
 
     async def _advance_choice(self, choice: _Choice, sent: list[bytes]) -> None:
         if not choice.blocked and choice.finish_reason is not None:
-            await self._conclude(choice)
+            choice.close_tokens()
+            if not choice.blocked:
+                await self._conclude(choice)
         self._send_waiting(choice, sent)
         if choice.blocked:
             await self._conclude(choice)
@@ -399,6 +407,8 @@ class AnswerStream:
             if delta is None:
                 return
             complete = not piece.texts
+            if choice.blocked:
+                piece.finish_reason = None
             rest = {**piece.choice, **self._tokens_of(piece, choice)}
             chunk = self._chunk(piece.head, choice.index, delta, piece.finish_reason if complete else None, rest)
             if complete:
@@ -437,8 +447,8 @@ class AnswerStream:
         """Decide on a choice, and keep the decision."""
         choice.ended = True
         judging = choice.judging
-        choice.tokens.close(Parts(dropped=choice.dropped))
-        if choice.dropped or self._dropped:
+        choice.close_tokens()
+        if self._dropped:
             choice.refuse()
         decided: list[tuple[Decision, str | None]] = [
             (decision, channel.path)
@@ -473,7 +483,7 @@ class AnswerStream:
             if not choice.ended:
                 await self._conclude(choice)
                 if error is None and choice.field is not None:
-                    sent.append(self._last_chunk(choice, None))
+                    sent.append(self._last_chunk(choice, "content_filter" if choice.blocked else None))
         if error is None:
             sent.append(self._finish())
         else:

@@ -21,6 +21,7 @@ __all__ = ["ChatTokens", "CompletionTokens", "Tokens"]
 
 _NAME: Final = "logprobs"
 _TOP: Final = "logprobs.top_logprobs"
+_KNOWN: Final = ("token", "logprob", "bytes")
 _HEX: Final = re.compile(r"bytes:((?:\\x[0-9a-fA-F]{2})+)")
 _STANDS_FOR_BYTES: Final = re.compile(r"(bytes:)?(\\x[0-9a-fA-F]{2})+|token_id:\d{1,9}|�+")
 """What stands in the place of a token that is no text by itself."""
@@ -175,12 +176,14 @@ class ChatTokens(_ByText):
     def _alternatives(self, listed: list[Any], chosen: Mapping[str, Any], parts: Parts) -> Iterator[Any]:
         for other in listed:
             is_chosen = isinstance(other, dict) and _same(other, chosen)
-            if not is_chosen:
-                parts.count(_TOP, parts.weigh(other.get("token") if isinstance(other, dict) else other))
-            if is_chosen:
-                yield {name: other[name] for name in ("token", "logprob", "bytes") if name in other}
-            elif self._passing:
-                yield other
+            kept = {name: other[name] for name in _KNOWN if name in other} if is_chosen else {}
+            rest = other
+            if isinstance(other, dict):  # the bytes say the same as the token
+                rest = {name: value for name, value in other.items() if name not in kept and name != "bytes"}
+            if weight := parts.weigh(rest):
+                parts.count(_TOP, weight)
+            if is_chosen or self._passing:
+                yield other if self._passing else kept
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

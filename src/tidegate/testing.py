@@ -360,6 +360,8 @@ class Received:
     headers: Mapping[str, str]
     body: Any = None
     """The parsed JSON; None when there was none."""
+    data: bytes = b""
+    """The bytes of it."""
     acted: int = 0
     """How many acts of the reply were carried out."""
     cancelled: bool = False
@@ -396,7 +398,7 @@ class FakeUpstream:
         request = Received(scope["method"], scope["path"], headers)
         self.received.append(request)
         body = await _body(receive)
-        request.body = json.loads(body) if body else None
+        request.body, request.data = json.loads(body) if body else None, body
         reply = self.reply if isinstance(self.reply, Reply) else self.reply(request.body)
         hung_up = asyncio.ensure_future(_hang_up(receive))
         try:

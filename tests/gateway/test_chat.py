@@ -496,6 +496,57 @@ def test_a_key_given_twice_reaches_the_upstream_as_it_was_judged(gateway: Gatewa
     assert upstream.received[0].body["messages"] == [{"role": "user", "content": "hello"}]
 
 
+@pytest.mark.parametrize(
+    ("data", "same"),
+    [
+        (
+            b'{ "model" :"m","messages":[{"role":"user","content":"caf\\u00e9 \xc3\xa9"}],"top_p":0.10,"seed":1e2 }',
+            True,
+        ),
+        (b'{"model":"m","messages":[{"role":"user","content":"\\ud83d\\ude00"}]}', True),
+        (b'{"model":"m","messages":[{"role":"user","content":"\\ud83d"}]}', False),
+        (b'{"model":"m","messages":[{"role":"user","content":"a"}],"x":{"a":1,"\\u0061":2}}', False),
+        (b'{"model":"m","messages":[{"role":"user","content":"a"}],"x":[{"a":1,"a":1}]}', False),
+    ],
+)
+def test_a_body_goes_on_byte_by_byte_when_it_means_one_thing(
+    gateway: Gateway, upstream: FakeUpstream, data: bytes, same: bool
+) -> None:
+    """Else what was parsed goes on: broken characters replaced, of a key that is given twice the last."""
+    assert httpx.post(f"{gateway.base_url}/chat/completions", content=data).status_code == 200
+
+    assert (upstream.received[0].data == data) is same
+    if not same:
+        assert b"d83d" not in upstream.received[0].data
+        assert upstream.received[0].data.count(b'"a":') <= 1
+
+
+def test_headers_of_openais_client_go_on_and_others_do_not(gateway: Gateway, upstream: FakeUpstream) -> None:
+    with OpenAI(
+        base_url=gateway.base_url, api_key="sk", organization="org-1", project="proj-1", max_retries=0
+    ) as client:
+        client.chat.completions.create(model="m", messages=HELLO, extra_headers={"x-api-key": "k", "x-other": "o"})
+
+    sent = upstream.received[0].headers
+    assert (sent["openai-organization"], sent["openai-project"]) == ("org-1", "proj-1")
+    assert not {"x-api-key", "x-other"} & set(sent)
+
+
+def test_fields_of_an_answer_that_are_empty_or_numbers_pass_as_they_are(client: OpenAI, upstream: FakeUpstream) -> None:
+    answer = completion({"content": "fine", "annotations": [], "audio": None, "refusal": None})
+    answer["choices"][0].update(logprobs=None, stop_reason=None, matched={})
+    answer["usage"]["prompt_tokens_details"] = {"cached_tokens": 2, "audio_tokens": 0}
+    upstream.reply = Reply.json(answer)
+
+    said = ask(client).to_dict()
+
+    choice = {name: value for name, value in said["choices"][0].items() if name != "tidegate"}
+    assert choice == answer["choices"][0]
+    assert {name: said[name] for name in answer if name != "choices"} == {
+        name: value for name, value in answer.items() if name != "choices"
+    }
+
+
 def test_halves_of_a_character_are_joined(client: OpenAI, upstream: FakeUpstream) -> None:
     """A surrogate pair cut between two chunks arrives as one character."""
     first, second = (

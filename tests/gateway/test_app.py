@@ -46,6 +46,14 @@ HEALTH = HealthTexts("apple pie", "a bomb")
         (b'{"a": NaN}', 400, None),
         (b'{"a": "\xff"}', 400, None),
         (b"[" * 100_000, 400, None),
+        *(
+            (
+                b'{"messages": [{"role": "user", "content": "x"}], "model": "m", "x": %b1%b}' % (b"[" * n, b"]" * n),
+                400,
+                None,
+            )
+            for n in (900, 980)
+        ),
         (b"{}", 400, "messages"),
         (b'{"messages": 5}', 400, "messages"),
         (b'{"messages": []}', 400, "messages"),

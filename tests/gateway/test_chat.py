@@ -532,6 +532,25 @@ def test_headers_of_openais_client_go_on_and_others_do_not(gateway: Gateway, ups
     assert not {"x-api-key", "x-other"} & set(sent)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("key", [None, "sk-own"])
+def test_the_identity_of_a_request_is_told_and_the_clients_own_quota(
+    upstream: FakeUpstream, upstream_url: str, stream: bool, key: str | None
+) -> None:
+    """Other headers of the upstream are not, nor what could be a sentence."""
+    plain = Reply.stream(*text_chunks(["hi"])) if stream else Reply.json(completion("hi"))
+    headers = {"x-request-id": "req_1", "x-ratelimit-remaining-tokens": "99", "x-secret": "s", "request-id": "a bomb"}
+    upstream.reply = Reply(plain.acts, headers={**plain.headers, **headers})
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(), upstream_url=upstream_url, upstream_key=key)
+
+    with serving(app) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "m", "messages": HELLO, "stream": stream})
+
+    assert answer.headers["x-request-id"] == "req_1"
+    assert answer.headers.get("x-ratelimit-remaining-tokens") == (None if key else "99")
+    assert not {"x-secret", "request-id"} & set(answer.headers)
+
+
 def test_fields_of_an_answer_that_are_empty_or_numbers_pass_as_they_are(client: OpenAI, upstream: FakeUpstream) -> None:
     answer = completion({"content": "fine", "annotations": [], "audio": None, "refusal": None})
     answer["choices"][0].update(logprobs=None, stop_reason=None, matched={})

@@ -214,6 +214,8 @@ class Endpoint(Generic[A]):
             asked = self.door.read(body.value, judge_system=behind.judge_system)
         except Problem as problem:
             return self.tell(problem)
+        except RecursionError:
+            return self.tell(Problem(400, "the body is nested too deep", code="invalid_json"))
         headers = {name: request.headers[name] for name in self.door.headers if name in request.headers}
         return _Exchange(self, behind.upstream, asked, scope_of(request, asked.subject), headers, body.sent(asked.body))
 
@@ -421,13 +423,14 @@ class _Exchange(Generic[A]):
             judged = await self._door.judge(self._asked, await answer.json(), self._judging())
         except RecursionError:
             raise UpstreamError("the upstream's answer is nested too deep") from None
-        return JSONResponse(judged)
+        return JSONResponse(judged, headers=dict(answer.headers))
 
     async def _stream(self, answer: UpstreamAnswer, to_client: Send) -> None:
         telemetry = self._behind.telemetry
         send = _patient(to_client, self._behind.client_timeout_s)
         stream = self._door.watch(self._asked, self._judging())
-        await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+        told = [(name.encode(), value.encode()) for name, value in answer.headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": [*sse.HEADERS, *told]})
         held = 0
         with telemetry.stream():
             try:
@@ -442,8 +445,8 @@ class _Exchange(Generic[A]):
                         await send({"type": "http.response.body", "body": data, "more_body": True})
             except StoreError as error:
                 answer.close()
-                told = self._door.error_event(problem_of(error))
-                await send({"type": "http.response.body", "body": told, "more_body": True})
+                event = self._door.error_event(problem_of(error))
+                await send({"type": "http.response.body", "body": event, "more_body": True})
             finally:
                 telemetry.held.dec(held)
                 await surely(_closed(stream))

@@ -63,6 +63,10 @@ class _Spelled:
             self._ready.append((self._end, token.told))
             self._waiting.popleft()
 
+    def skip(self, text: str) -> None:
+        """Text that comes without tokens, before the first of them."""
+        self._end += len(text.encode("utf-8", "replace"))
+
     def release(self, text: str) -> None:
         """So much of the text leaves now."""
         self._released += len(text.encode("utf-8", "replace"))
@@ -106,11 +110,16 @@ class _ByText:
 
     def __init__(self, *, passing: bool = False) -> None:
         self._passing = passing
+        self._begun = False
         self._spelled = {slot: _Spelled() for slot in self.slots}
 
     def _add(self, tokens: Mapping[Slot, list[_Token]], texts: Mapping[Slot, str]) -> None:
+        self._begun = self._begun or any(tokens.values())
         for slot, spelled in self._spelled.items():
-            spelled.add(texts.get(slot, ""), tokens.get(slot, ()))
+            if self._begun:
+                spelled.add(texts.get(slot, ""), tokens.get(slot, ()))
+            elif slot in texts:
+                spelled.skip(texts[slot])
 
     def release(self, slot: Slot, text: str) -> None:
         if slot in self._spelled:

@@ -1,6 +1,7 @@
 """The LLM behind the gateway: one aiohttp client towards any OpenAI-compatible server.
 
-Says in our own errors what went wrong, and shows nothing of the upstream's headers to anybody.
+Says in our own errors what went wrong. Of the upstream's headers it shows only the identity of a request, and what is
+left of a client's own quota.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ _MESSAGES: Final = {
 }
 _WORD: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PLACE: Final = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
+_IDENTITY: Final = re.compile(r"[A-Za-z0-9_.:/@+-]{1,128}")
+_IDENTITIES: Final = ("x-request-id", "request-id")
+_QUOTAS: Final = ("x-ratelimit-", "anthropic-ratelimit-")
 _RETRY_AFTER: Final = re.compile(r"\d{1,10}|[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} GMT")
 
 
@@ -71,9 +75,10 @@ def base_of(url: str) -> str:
 class UpstreamAnswer:
     """A response of the upstream whose status and headers are here, and whose body is still to be read."""
 
-    def __init__(self, response: aiohttp.ClientResponse, longest: int) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, longest: int, *, quota: bool = False) -> None:
         self._response = response
         self._longest = longest
+        self._quota = quota
 
     @property
     def status(self) -> int:
@@ -82,6 +87,15 @@ class UpstreamAnswer:
     @property
     def media_type(self) -> str:
         return self._response.content_type
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a client may see of the headers: the request's identity, and the quota where it is the client's own."""
+        return {
+            name: value
+            for name, value in ((name.lower(), value) for name, value in self._response.headers.items())
+            if (name in _IDENTITIES or (self._quota and name.startswith(_QUOTAS))) and _IDENTITY.fullmatch(value)
+        }
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it arrives: each time all that is there.
@@ -123,7 +137,7 @@ class UpstreamAnswer:
             _word(fields.get("type"), _WORD) or "upstream_error",
             _word(fields.get("param"), _PLACE),
             _word(fields.get("code"), _WORD),
-            {"retry-after": retry} if _RETRY_AFTER.fullmatch(retry) else {},
+            self.headers | ({"retry-after": retry} if _RETRY_AFTER.fullmatch(retry) else {}),
         )
 
     def close(self) -> None:
@@ -260,7 +274,7 @@ class Upstream:
             response = await self._client.request(
                 method, f"{self._base}{path}", data=body, headers=sent, allow_redirects=False
             )
-        return UpstreamAnswer(response, self._longest)
+        return UpstreamAnswer(response, self._longest, quota=not self._key)
 
 
 class _translated:  # noqa: N801 - reads as a word

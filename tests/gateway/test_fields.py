@@ -274,6 +274,7 @@ def test_a_policy_can_refuse_what_no_guard_can_judge(
     with serving(app) as url, httpx.Client(base_url=f"{url}/v1") as client:
         refused = client.post(f"/{door}", json=body)
         fine = client.post("/chat/completions", json=CHAT)
+        metrics = httpx.get(f"{url}/metrics").text
 
     error = refused.json()["error"]
     assert (refused.status_code, error["code"], error["param"]) == (400, "unjudged_content", param)
@@ -282,6 +283,8 @@ def test_a_policy_can_refuse_what_no_guard_can_judge(
     assert {part.state for part in decision.coverage} == {CoverageState.NOT_JUDGED}
     assert fine.status_code == 200
     assert len(upstream.received) == 1
+    assert 'tidegate_decisions_total{action="block",target="prompt"} 1.0' in metrics
+    assert "UnjudgedRequest" not in metrics, "it is no failure of the guard"
 
 
 def test_a_prompt_that_nobody_could_judge_is_kept_as_such(upstream: FakeUpstream, upstream_url: str) -> None:

@@ -201,6 +201,20 @@ async def test_nothing_that_passes_unjudged_leaves_with_a_blocked_choice() -> No
     assert SECRET not in json.dumps(judged)
 
 
+async def test_a_verdict_says_more_than_that_there_was_text_which_nobody_could_judge() -> None:
+    """A choice that is stopped anyway is stopped by the rule that found it unsafe."""
+    record = Record()
+    asked = judging(FakeStreamGuard(), record, policy=make_policy(unjudged_answer="refuse"))
+    answer = completion("bomb bomb")
+    answer["choices"][0]["extra"] = SECRET
+    part = chunk({"content": "bomb bomb "}, extra=SECRET)
+
+    await judge_answer(answer, asked)
+    await through(AnswerStream(asked), [wire([part, chunk(finish_reason="stop")])])
+
+    assert [decision.rule for decision, _, _ in record.kept] == ["unsafe", "unsafe"]
+
+
 async def test_a_field_of_ours_is_never_the_upstreams() -> None:
     """An upstream cannot say what we decided, even where unknown fields may pass."""
     answer = completion("fine")

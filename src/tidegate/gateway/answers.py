@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -459,7 +459,7 @@ class AnswerStream:
         coverage = [part for channel in choice.channels.values() for part in channel.moderator.coverage]
         coverage += (*_dropped(choice.dropped, f"choices[{choice.index}]."), *_dropped(self._dropped))
         unjudged = choice.unjudged
-        if unjudged is not None and unjudged.action >= BLOCKS:
+        if unjudged is not None and unjudged.action >= BLOCKS and not _any_blocks(one for one, _ in decided):
             decided.append((unjudged, None))
         if not decided:
             choice.field = undecided_field(judging.policy, coverage)
@@ -535,6 +535,11 @@ async def judge_answer(
     return {**head, "choices": [choice for choice, _ in judged], "tidegate": worst}, decisions
 
 
+def _any_blocks(decisions: Iterable[Decision]) -> bool:
+    """Whether a verdict stops it already: that says more than that there was text which nobody could judge."""
+    return any(decision.action >= BLOCKS for decision in decisions)
+
+
 def _expect_asked_for(index: int, choices: int) -> None:
     if index >= choices:
         raise UpstreamError("the upstream sent a choice that nobody asked for")
@@ -592,7 +597,9 @@ class _Whole:
         said = {text.slot: text.text for text in texts}
         names = [called(text.slot, self._parts.names, said) for text in texts]
         work = (_judge_text(self._index, *one, judging) for one in zip(texts, names, strict=True))
-        decided = [*await asyncio.gather(*work), *refused]
+        decided = await asyncio.gather(*work)
+        if not _any_blocks(decided):
+            decided += refused
         number = judging.worst(decided)
         coverage = (*(part for one in decided for part in one.coverage), *self._unseen)
         decision = replace(decided[number], coverage=coverage)

@@ -65,11 +65,11 @@ class _Spelled:
 
     def skip(self, text: str) -> None:
         """Text that comes without tokens, before the first of them."""
-        self._end += len(text.encode("utf-8", "replace"))
+        self._end += _size_of(text)
 
     def release(self, text: str) -> None:
         """So much of the text leaves now."""
-        self._released += len(text.encode("utf-8", "replace"))
+        self._released += _size_of(text)
 
     def take(self) -> Iterator[Any]:
         """The tokens whose text has left."""
@@ -81,6 +81,10 @@ class _Spelled:
         count = sum(token.characters for token in self._waiting)
         self._waiting.clear()
         return count
+
+
+def _size_of(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 class Tokens(Protocol):
@@ -154,6 +158,8 @@ class ChatTokens(_ByText):
         return frame
 
     def out(self, frame: Any) -> Any:
+        if frame is None and not self._begun:
+            return None
         told = dict(frame or {})
         for (name,), spelled in self._spelled.items():
             taken = list(spelled.take())

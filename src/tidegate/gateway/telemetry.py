@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from tidegate.guards.base import Session, StreamGuard
 from tidegate.guards.breaker import State
 from tidegate.guards.terms import Terms, on_terms
-from tidegate.policy import Policy
+from tidegate.policy import UNJUDGED_ANSWER, UNJUDGED_REQUEST, Policy
 from tidegate.types import Channel, Conversation, Decision, TokenVerdict, Verdict
 
 __all__ = ["CONTENT_TYPE", "Telemetry", "TimedGuard"]
@@ -91,7 +91,7 @@ class Telemetry:
         self.decisions.labels(target, decision.action.word).inc()
         if decision.observed is not None:
             self.observed.labels(target, decision.action.word, decision.observed.action.word).inc()
-        if decision.failure is not None:
+        if decision.failure is not None and decision.failure not in (UNJUDGED_REQUEST, UNJUDGED_ANSWER):
             self.failures.labels(decision.failure.kind).inc()
 
     def count_failures(self, decisions: Iterable[Decision]) -> None:

@@ -319,16 +319,15 @@ def test_a_refusal_that_is_only_observed_is_kept_and_not_done(upstream: FakeUpst
 
 # --- any body -----------------------------------------------------------------------------------------------------
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 300) | st.sampled_from(["", "a", BAD, "text", "user"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "name", "function", "x"]), inner, max_size=4
-        )
-    ),
-    max_leaves=8,
-)
+LEAVES = st.none() | st.booleans() | st.integers(-3, 300) | st.sampled_from(["", "a", BAD, "text", "user"])
+KEYS = st.sampled_from(["role", "content", "type", "text", "name", "function", "x"])
+
+
+def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4)
+
+
+VALUES = st.recursive(LEAVES, nested, max_leaves=8)
 NAMES = st.sampled_from(
     ["messages", "prompt", "model", "tools", "n", "stop", "suffix", "prediction", "response_format"]
 )

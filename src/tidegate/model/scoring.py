@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Model
 
 from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict
 from tidegate.model.adapters import Adapters
@@ -34,6 +35,8 @@ from tidegate.prompts import Form, Prompt
 
 __all__ = ["FLOOR", "GenModel", "Scores"]
 
+_CACHE: Final = "cache" if "cache" in signature(Qwen3Model.forward).parameters else "past_key_values"
+"""What transformers calls a cache: the first from 5.24 on."""
 _CHUNK: Final = 1024
 """Most positions of one prompt in one pass: a mask of more would be large."""
 _ROOM: Final = 128
@@ -229,8 +232,8 @@ class GenModel:
                 input_ids=padded.to(self._device),
                 attention_mask=mask[:, None].to(self._device),
                 position_ids=positions.to(self._device),
-                past_key_values=columns,
                 use_cache=True,
+                **{_CACHE: columns},
             )
         columns.used += width
         return output.last_hidden_state

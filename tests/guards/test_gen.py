@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -202,6 +204,18 @@ async def test_closing_refuses_what_waits_and_what_comes() -> None:
         await session.finish()
     with pytest.raises(GuardUnavailable, match="the guard is closed"):
         guard.open(None)
+
+
+async def test_a_closed_guard_keeps_no_weights() -> None:
+    guard = GenGuard(str(gen_folder()), forms=TOY)
+    await guard.judge(ROWS[0].conversation)
+    model = guard._worker._model
+    assert model is not None
+    weights = weakref.ref(model)
+    await guard.close()
+    del model
+    gc.collect()
+    assert weights() is None
 
 
 async def test_a_guard_that_was_never_asked_closes() -> None:

@@ -28,7 +28,8 @@ from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict
 from tidegate.model.adapters import Adapters
 from tidegate.model.answers import FLOOR, Row, Scores, common_beginning, end_ids, follow
 from tidegate.model.draft_tree import ROOT, DraftTree
-from tidegate.model.loading import DTYPES, checkpoint_folder
+from tidegate.model.folders import checkpoint_folder
+from tidegate.model.loading import DTYPES
 from tidegate.model.prompt_tokens import PromptTokenizer
 from tidegate.model.stream import GROUPED_ATTENTION
 from tidegate.prompts import Form, Prompt
@@ -110,6 +111,11 @@ class GenModel:
         except Exception as error:  # the libraries raise dozens of kinds
             why = (str(error) or type(error).__name__).splitlines()[0]
             raise GuardUnavailable(f"{name} cannot be loaded as a Gen guard: {why}") from error
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """What makes the ids of a prompt. Holds nothing of the model, so that whoever keeps it keeps no weights."""
+        return self._tokenizer
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt. Safe to call from any thread, also while `score` runs."""

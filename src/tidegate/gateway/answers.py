@@ -30,7 +30,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.channels import BLOCKS, Judging, TextChannel
+from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, judge_text
 from tidegate.gateway.deltas import (
     CHOICE_FIELDS,
     TOP_FIELDS,
@@ -52,8 +52,6 @@ from tidegate.gateway.logprobs import Tokens
 from tidegate.gateway.schemas import decision_field, json_of, mended, undecided_field, worst_decision
 from tidegate.gateway.sse import DONE, EventReader, event
 from tidegate.gateway.statuses import Problem
-from tidegate.guards.session import assistant_turn
-from tidegate.moderate import moderate
 from tidegate.types import (
     Channel,
     Coverage,
@@ -596,7 +594,11 @@ class _Whole:
             return self._sent(undecided_field(judging.policy, self._unseen)), None
         said = {text.slot: text.text for text in texts}
         names = [called(text.slot, self._parts.names, said) for text in texts]
-        work = (_judge_text(self._index, *one, judging) for one in zip(texts, names, strict=True))
+        thought = reasoning_of(said)
+        work = (
+            judge_text(judging, kind, path_of(self._index, slot), text, reasoning=thought, name=name)
+            for (slot, kind, text), name in zip(texts, names, strict=True)
+        )
         decided = await asyncio.gather(*work)
         if not _any_blocks(decided):
             decided += refused
@@ -624,14 +626,3 @@ class _Whole:
         tokens = {"logprobs": None} if "logprobs" in self._kept else {}
         ending = {"finish_reason": "content_filter", "tidegate": field}
         return self._form.whole({**kept, **tokens, **ending}, self._form.saying(message))
-
-
-async def _judge_text(index: int, text: Text, name: str, judging: Judging) -> Decision:
-    return await moderate(
-        judging.prompt.then(assistant_turn(text.text, text.channel, name=name)),
-        guard=judging.guard,
-        policy=judging.policy,
-        scope=judging.scope,
-        timeout_s=judging.timeout_s,
-        coverage=(Coverage(path_of(index, text.slot), text.channel, CoverageState.JUDGED, len(text.text)),),
-    )

@@ -8,12 +8,13 @@ from typing import Final
 
 from tidegate.gateway.deltas import Known, Slot
 from tidegate.gateway.schemas import mended, worst_decision
-from tidegate.guards.base import StreamGuard
-from tidegate.moderate import StreamModerator
+from tidegate.guards.base import StreamGuard, judges_together
+from tidegate.guards.session import assistant_turn
+from tidegate.moderate import StreamModerator, moderate
 from tidegate.policy import UNJUDGED_ANSWER, Policy, decide
-from tidegate.types import Action, Channel, Conversation, Decision, Scope
+from tidegate.types import Action, Channel, Conversation, Coverage, CoverageState, Decision, Scope
 
-__all__ = ["BLOCKS", "Judging", "KeepAnswer", "TextChannel"]
+__all__ = ["BLOCKS", "Judging", "KeepAnswer", "TextChannel", "judge_text"]
 
 KeepAnswer = Callable[[Decision, Conversation], Awaitable[str | None]]
 """Keeps the decision on one choice, with the conversation that ends with it; returns its id when it has one."""
@@ -194,3 +195,22 @@ class TextChannel:
         beginning = self.moderator.text
         self.moderator = self._open()
         return beginning
+
+
+async def judge_text(
+    judging: Judging, kind: Channel, path: str, text: str, *, reasoning: str = "", name: str = ""
+) -> Decision:
+    """Judge one text of an answer that came whole; the arguments are those of `TextChannel`.
+
+    The reasoning, which is a text of the answer too and judged by itself, is judged again with this one where the guard
+    judges them together.
+    """
+    thought = reasoning if kind is not Channel.REASONING and judges_together(judging.guard) else ""
+    return await moderate(
+        judging.prompt.then(assistant_turn(text, kind, reasoning=thought, name=name)),
+        guard=judging.guard,
+        policy=judging.policy,
+        scope=judging.scope,
+        timeout_s=judging.timeout_s,
+        coverage=(Coverage(path, kind, CoverageState.JUDGED, len(text)),),
+    )

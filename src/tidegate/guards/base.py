@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from tidegate.types import Channel, Conversation, TokenVerdict, Verdict
 
-__all__ = ["AdaptableGuard", "Guard", "Session", "StreamGuard"]
+__all__ = ["AdaptableGuard", "Guard", "Session", "StreamGuard", "TogetherGuard", "judges_together"]
 
 
 class Session(Protocol):
@@ -107,3 +107,19 @@ class AdaptableGuard(StreamGuard, Protocol):
             InputError: when there is no such adapter; lists those that exist.
         """
         ...
+
+
+@runtime_checkable
+class TogetherGuard(Protocol):
+    """A guard that may judge what an assistant says together with the reasoning before it, as one text."""
+
+    @property
+    def together(self) -> bool:
+        """Whether it does."""
+        ...
+
+
+def judges_together(guard: Guard) -> bool:
+    """Whether the guard is to be told the reasoning with each text of a whole answer. Others judge it by itself only,
+    as whoever judges every text of an answer asks of them anyway."""
+    return isinstance(guard, TogetherGuard) and guard.together

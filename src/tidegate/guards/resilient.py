@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from tidegate.errors import GuardError, GuardTimeout, GuardUnavailable, InputError
-from tidegate.guards.base import Session, StreamGuard
+from tidegate.guards.base import Session, StreamGuard, judges_together
 from tidegate.guards.breaker import Breaker, Call
 from tidegate.guards.session import TextSession, check_written
 from tidegate.guards.terms import Terms, on_terms
@@ -83,6 +83,11 @@ class ResilientGuard:
     def name(self) -> str:
         """That of the guard."""
         return self.guard.name
+
+    @property
+    def together(self) -> bool:
+        """Whether the guard judges reasoning together with what follows it."""
+        return judges_together(self.guard)
 
     def on_terms(self, terms: Terms) -> ResilientGuard:
         """The same guard with a shorter deadline, with or without degraded mode, and the rest for the guard inside."""

@@ -36,6 +36,7 @@ from tidegate.errors import (
     UnreadableVerdict,
 )
 from tidegate.guards import StreamGuard, load_guard
+from tidegate.guards.base import judges_together
 from tidegate.guards.gen import GenGuard
 from tidegate.model.scoring import Scores
 from tidegate.prompts import OFFICIAL, Form, reason_form
@@ -287,6 +288,7 @@ async def test_reasoning_and_calls_are_judged_apart_and_the_worst_counts(guard: 
 
 async def test_reasoning_and_answer_are_judged_together_when_asked() -> None:
     async with GenGuard(str(gen_folder()), forms=TOY, thinking="together") as guard:
+        assert judges_together(guard)
         asked = several(guard)
         await asyncio.gather(guard.judge(Conversation((ASKED, TURN))), return_exceptions=True)
     assert asked == [f"{UNSAFE}\n\nno thanks {SAFE}\n\n{SAFE}"]

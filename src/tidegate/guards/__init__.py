@@ -59,7 +59,7 @@ def load_guard(
     Args:
         spec: ``edge`` for the shipped one, ``edge:FOLDER`` for another folder with model, tokenizer and config;
             ``stream:FOLDER`` or ``stream:OWNER/NAME`` for a Stream checkpoint, and ``gen:FOLDER`` or ``gen:OWNER/NAME``
-            for a Gen checkpoint, which both need the extra ``torch``;
+            for a Gen checkpoint, which both need the extra ``torch``, but for folders of ``tidegate export``;
             ``cascade:FIRST,SECOND`` with the specs of two guards, or ``cascade:FILE`` with a YAML or JSON file;
             ``remote:URL[,URL...]#MODEL`` for a Gen guard behind a server or several, or ``remote:FILE``;
             ``vllm-stream:URL[,URL...][#MODEL]`` for a Stream guard behind vLLM servers, or ``vllm-stream:FILE``.

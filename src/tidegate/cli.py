@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from tidegate.console.playground import Suggestion
     from tidegate.data.check import Tally
-    from tidegate.guards import StreamGuard
+    from tidegate.guards import Guard, StreamGuard
     from tidegate.moderate import Step
     from tidegate.policy import Explanation, Policy, PolicySource, Replay
     from tidegate.store import Store
@@ -360,7 +360,7 @@ class _Painter:
         verdict = decision.verdict
         why = f"{verdict.severity.word} {', '.join(verdict.categories)}".strip() if verdict else "the guard failed"
         rule = f"rule {decision.rule} of {decision.policy} {decision.policy_version}"
-        stopped = "stopped" if decision.action >= Action.REDACT else "passed"
+        stopped = "stopped" if decision.action >= Action.BLOCK else "passed"
         _say(f"{decision.action.word.upper()}: {stopped}, {why} ({rule})", style=_STYLES[decision.action])
 
     def _tinted(self, released: str) -> Text:
@@ -448,11 +448,12 @@ def _serve(settings: Settings, *, demo: bool) -> None:
     policy = WatchedPolicy(settings.policy)
     guard = load_guard(settings.guard)
     fallback = None if settings.guard == "edge" else load_guard("edge")
+    confirmer = None if settings.confirm_guard is None else load_guard(settings.confirm_guard)
     with (
         _listening(settings.host, settings.port, settings.client_timeout) as socket,
         _open_store(settings) as store,
     ):
-        application = _application(settings, guard, fallback, policy, store, demo=demo)
+        application = _application(settings, guard, fallback, confirmer, policy, store, demo=demo)
         address = _address(socket)
         words = (f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz")
         _run_server(_server_config(application, settings.shutdown_timeout, settings.log_level), socket, words)
@@ -462,6 +463,7 @@ def _application(
     settings: Settings,
     guard: StreamGuard,
     fallback: StreamGuard | None,
+    confirmer: Guard | None,
     policy: PolicySource,
     store: Store,
     *,
@@ -498,6 +500,9 @@ def _application(
         policy=policy,
         fallback=fallback,
         breaker=BreakerOptions(),
+        confirmer=confirmer,
+        confirm_timeout_s=settings.confirm_timeout,
+        continues=settings.upstream_continues,
         keep=store.keep,
         upstream_url=settings.upstream_url,
         upstream_key=key,

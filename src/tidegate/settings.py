@@ -19,12 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from tidegate.errors import SettingsError
 
-__all__ = ["PREFIX", "Settings", "read_settings"]
+__all__ = ["PREFIX", "Continues", "Settings", "read_settings"]
+
+Continues = Literal["no", "vllm", "prefill"]
+"""How an upstream goes on from the beginning of an answer."""
 
 PREFIX: Final = "TIDEGATE_"
 _SECRETS: Final = ("upstream_key", "fingerprint_key")
 _IN_FILES: Final = (*_SECRETS, "database_url")
-_UNSET_WHEN_EMPTY: Final = (*_SECRETS, "upstream_url", "spool", "keep_days")
+_UNSET_WHEN_EMPTY: Final = (*_SECRETS, "upstream_url", "spool", "keep_days", "confirm_guard")
 _HIDDEN: Final = (*_SECRETS, "database_url", "upstream_url")
 """Settings whose value never appears in an error message: they are secret or may contain a password."""
 _KEY: Final = re.compile("[0-9A-Fa-f]{64}")
@@ -48,6 +51,13 @@ class Settings(BaseModel):
     """Key sent to the upstream as a bearer token; None passes the client's own on."""
     guard: Annotated[str, Field(min_length=1)] = "edge"
     """Which guard judges, as `tidegate.guards.load_guard` takes it."""
+    confirm_guard: Annotated[str | None, Field(min_length=1)] = None
+    """Which guard confirms the alarms of streams, where the policy says ``confirm``; None for none."""
+    confirm_timeout: Seconds = 20.0
+    """Longest time that this guard may take for one answer, in seconds."""
+    upstream_continues: Continues = "no"
+    """How the upstream goes on from the beginning of an answer, for ``intervention: rollback``: ``vllm`` with
+    ``continue_final_message``, ``prefill`` when the last turn is the assistant's, ``no`` cannot, and is asked to."""
     policy: Annotated[str, Field(min_length=1)] = "balanced"
     """A preset's name or the path of a policy file."""
     database_url: Annotated[str, Field(min_length=1, repr=False)] = "sqlite:///tidegate.db"

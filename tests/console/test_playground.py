@@ -106,7 +106,7 @@ async def test_a_prompt_to_redact_gets_no_answer_either() -> None:
     events = await events_of(Ask("a bomb please", None, "r"), says("All is well here."), policy=redacting)
     assert not only(events, "token")
     (decision,) = only(events, "decision")
-    assert (decision["about"], decision["decision"]["action"]) == ("prompt", "redact")
+    assert (decision["about"], decision["decision"]["action"]) == ("prompt", "block")
 
 
 async def test_a_text_of_the_readers_own_is_judged_even_after_an_unsafe_prompt() -> None:

@@ -10,7 +10,7 @@ from tidegate.gateway.deltas import Known, Slot
 from tidegate.gateway.schemas import mended, worst_decision
 from tidegate.guards.base import StreamGuard, judges_together
 from tidegate.guards.session import assistant_turn
-from tidegate.moderate import StreamModerator, moderate
+from tidegate.moderate import Retry, StreamModerator, moderate
 from tidegate.policy import UNJUDGED_ANSWER, Policy, decide
 from tidegate.types import Action, Channel, Conversation, Coverage, CoverageState, Decision, Scope
 
@@ -19,8 +19,8 @@ __all__ = ["BLOCKS", "Judging", "KeepAnswer", "TextChannel", "judge_text"]
 KeepAnswer = Callable[[Decision, Conversation], Awaitable[str | None]]
 """Keeps the decision on one choice, with the conversation that ends with it; returns its id when it has one."""
 
-BLOCKS: Final = Action.REDACT
-"""This action or a worse one keeps text from leaving: there is nobody here who could redact it."""
+BLOCKS: Final = Action.BLOCK
+"""This action keeps text from leaving. What is redacted leaves without what was taken out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ class Judging:
         tools: the names that a tool call may have without being judged.
         timeout_s: seconds that the guard may take for each step; None for as long as it wants.
         trusted: names of fields that we do not know, but that the operator says carry no text of the model.
+        retries: whether the upstream can be asked to go on from a text that was rolled back.
+        delayed: told how many seconds the text of a choice was held, the longest of it; None when nobody wants to know.
         note: told of the decisions that a worse one on the same choice stands for; None when nobody wants to know.
     """
 
@@ -48,6 +50,8 @@ class Judging:
     note: Callable[[Iterable[Decision]], None] | None = None
     prompts: tuple[Conversation, ...] = ()
     each: int = 1
+    retries: bool = False
+    delayed: Callable[[float], None] | None = None
 
     def known(self, texts: Mapping[str, Channel]) -> Known:
         """What may pass, and which fields are texts."""
@@ -90,6 +94,7 @@ class TextChannel:
         ready: what was released and has not gone out yet.
         ending: whether another text has followed, or the choice has finished: this one is taken to be complete.
         moderator: watches it.
+        retry: from where the upstream is to go on; None while nobody has to ask it.
     """
 
     __slots__ = (
@@ -104,6 +109,7 @@ class TextChannel:
         "moderator",
         "path",
         "ready",
+        "retry",
         "slot",
     )
 
@@ -121,6 +127,7 @@ class TextChannel:
         self._half = ""
         self._skip = 0
         self._complete = False
+        self.retry: Retry | None = None
         self.moderator = self._open()
 
     def _open(self) -> StreamModerator:
@@ -133,7 +140,9 @@ class TextChannel:
             channel=self.kind,
             path=self.path,
             timeout_s=with_.timeout_s,
-            **self._before,
+            retries=with_.retries and self.kind is Channel.ANSWER,
+            reasoning=self._before["reasoning"],
+            name=self._before["name"],
         )
 
     @property
@@ -174,14 +183,40 @@ class TextChannel:
                 text = self._resume() + text
             step = await self.moderator.feed(text)
             self._take(step.released)
+            self.retry = step.retry
             if step.decision is not None:
                 return True
+        if self.retry is not None:
+            return False
         if self.ending and not self._complete:
             self._complete = True
             step = await self.moderator.finish()
             self._take(step.released)
+            self.retry = step.retry
             return step.decision is not None and step.decision.action >= BLOCKS
         return False
+
+    def go_on(self) -> None:
+        """What comes next follows the text that was rolled back."""
+        self.retry = None
+        self.ending = self._complete = False
+        self._half = ""
+        self._new.clear()
+
+    def give_up(self) -> None:
+        """The upstream cannot go on."""
+        self.retry = None
+        self.ending, self._complete = False, True
+        self._new.clear()
+        self.moderator.give_up()
+
+    def late(self) -> bool:
+        """Let out what may be held no longer, where the policy says so; returns whether the choice is blocked."""
+        if self.moderator.due_s != 0:
+            return False
+        step = self.moderator.late()
+        self._take(step.released)
+        return step.decision is not None
 
     def _take(self, released: str) -> None:
         skipped = min(self._skip, len(released))

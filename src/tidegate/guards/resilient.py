@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 from tidegate.errors import GuardError, GuardTimeout, GuardUnavailable, InputError
 from tidegate.guards.base import Session, StreamGuard, judges_together
 from tidegate.guards.breaker import Breaker, Call
+from tidegate.guards.second import SecondGuard
 from tidegate.guards.session import TextSession, check_written
 from tidegate.guards.terms import Terms, on_terms
 from tidegate.types import Channel, Conversation, Span, TokenVerdict, Verdict
@@ -61,6 +62,7 @@ class ResilientGuard:
         breaker: leaves the guard alone while it is down; None for none.
         deadline_s: seconds that the guard may take for each call; terms can only make it shorter. None for no limit.
         tell_degraded: told of each text and stream for which the fallback stood in; None for nobody.
+        second: confirms the alarms of streams where a policy says so; closed with this one. None when there is none.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class ResilientGuard:
         breaker: Breaker | None = None,
         deadline_s: float | None = None,
         tell_degraded: TellDegraded | None = None,
+        second: SecondGuard | None = None,
     ) -> None:
         self.guard = guard
         self.fallback = fallback
         self.breaker = breaker
         self.deadline_s = deadline_s
+        self.second = second
         self.degraded = False
         self._tell_degraded = tell_degraded
 
@@ -97,6 +101,7 @@ class ResilientGuard:
             breaker=self.breaker,
             deadline_s=min((limit for limit in (self.deadline_s, terms.deadline_s) if limit is not None), default=None),
             tell_degraded=self._tell_degraded,
+            second=None if self.second is None else self.second.on_terms(terms),
         )
         termed.degraded = terms.degraded
         return termed
@@ -135,8 +140,9 @@ class ResilientGuard:
         try:
             await self.guard.close()
         finally:
-            if self.fallback is not None:
-                await self.fallback.close()
+            for other in (self.fallback, None if self.second is None else self.second.guard):
+                if other is not None:
+                    await other.close()
 
     # what the sessions share
 

@@ -97,7 +97,7 @@ def a_server(record: Record | None = None, **options: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def _shared() -> Iterator[tuple[str, Record, FakeStreamGuard]]:
+def shared() -> Iterator[tuple[str, Record, FakeStreamGuard]]:
     record, guard = Record(), FakeStreamGuard(failing="crash")
     limits = LiveLimits(frame_bytes=64_000, streams=128, stream_characters=5_000, connection_characters=8_000)
     with a_server(record, guard=guard, live=limits) as url:
@@ -105,23 +105,23 @@ def _shared() -> Iterator[tuple[str, Record, FakeStreamGuard]]:
 
 
 @pytest.fixture
-def record(_shared: tuple[str, Record, FakeStreamGuard]) -> Record:
-    _shared[1].kept.clear()
-    return _shared[1]
+def record(shared: tuple[str, Record, FakeStreamGuard]) -> Record:
+    shared[1].kept.clear()
+    return shared[1]
 
 
 @pytest.fixture
-def guard(_shared: tuple[str, Record, FakeStreamGuard]) -> FakeStreamGuard:
-    _shared[2].opened.clear()
-    return _shared[2]
+def guard(shared: tuple[str, Record, FakeStreamGuard]) -> FakeStreamGuard:
+    shared[2].opened.clear()
+    return shared[2]
 
 
 @pytest.fixture
-async def line(_shared: tuple[str, Record, FakeStreamGuard], record: Record) -> AsyncIterator[Line]:
+async def line(shared: tuple[str, Record, FakeStreamGuard], record: Record) -> AsyncIterator[Line]:
     """A connection to a server that all of these tests share; it must be left with no session open."""
-    async with connected(_shared[0]) as one:
+    async with connected(shared[0]) as one:
         yield one
-    await until(lambda: _shared[2].open_sessions == 0, "the sessions to be closed")
+    await until(lambda: shared[2].open_sessions == 0, "the sessions to be closed")
 
 
 # --- what is said -------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ async def test_a_stream_without_text_is_decided_as_the_moderator_does(line: Line
 @given(st.data())
 @settings(max_examples=20)
 async def test_what_is_said_does_not_depend_on_how_the_text_is_cut(
-    _shared: tuple[str, Record, FakeStreamGuard], data: st.DataObject
+    shared: tuple[str, Record, FakeStreamGuard], data: st.DataObject
 ) -> None:
     words = ["bomb", "knife", "bread", "🍞", "\n", "  ", "and", "e\u0301"]
     text = " ".join(data.draw(st.lists(st.sampled_from(words), max_size=12)))
@@ -240,7 +240,7 @@ async def test_what_is_said_does_not_depend_on_how_the_text_is_cut(
         released += alone.released
     assert alone.decision is not None
 
-    async with connected(_shared[0]) as line:
+    async with connected(shared[0]) as line:
         await line.open()
         last = await line.say(pieces)
 
@@ -416,7 +416,7 @@ async def test_a_frame_that_the_server_will_not_hold_ends_the_connection(line: L
     assert (await line.closed())[0] == 1009
 
 
-async def test_nothing_may_follow_the_end_of_a_text(_shared: tuple[str, Record, FakeStreamGuard]) -> None:
+async def test_nothing_may_follow_the_end_of_a_text(shared: tuple[str, Record, FakeStreamGuard]) -> None:
     release = threading.Event()
 
     class Slow(FakeStreamGuard):
@@ -504,8 +504,8 @@ async def test_a_decision_that_cannot_be_kept_is_an_error_and_no_end() -> None:
 # --- who may connect ----------------------------------------------------------------------------------------------
 
 
-async def test_a_client_without_the_subprotocol_is_refused(_shared: tuple[str, Record, FakeStreamGuard]) -> None:
-    address = _shared[0].replace("http", "ws", 1) + "/v1/live"
+async def test_a_client_without_the_subprotocol_is_refused(shared: tuple[str, Record, FakeStreamGuard]) -> None:
+    address = shared[0].replace("http", "ws", 1) + "/v1/live"
     with pytest.raises(InvalidStatus) as raised:
         await connect(address, subprotocols=[Subprotocol("tidegate.live.v9")])
 
@@ -513,13 +513,13 @@ async def test_a_client_without_the_subprotocol_is_refused(_shared: tuple[str, R
     assert PROTOCOL in raised.value.response.body.decode()
 
 
-async def test_a_page_of_another_site_is_refused(_shared: tuple[str, Record, FakeStreamGuard]) -> None:
+async def test_a_page_of_another_site_is_refused(shared: tuple[str, Record, FakeStreamGuard]) -> None:
     with pytest.raises(InvalidStatus) as raised:
-        async with connected(_shared[0], origin="https://evil.example"):
+        async with connected(shared[0], origin="https://evil.example"):
             pass
     assert raised.value.response.status_code == 403
 
-    async with connected(_shared[0], origin=_shared[0]) as line:
+    async with connected(shared[0], origin=shared[0]) as line:
         assert line.hello["type"] == "hello"
 
 
@@ -701,7 +701,7 @@ async def test_a_server_that_stops_ends_streams_that_take_too_long_and_keeps_the
 
 
 @pytest.fixture(scope="module")
-def stream_guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StreamGuard, Any]]:
+def stream_guard(tmp_path_factory: pytest.TempPathFactory) -> tuple[StreamGuard, Any]:
     pytest.importorskip("torch")
     from stream_folder import write_guard
     from tidegate.guards.stream import Qwen3StreamGuard
@@ -709,7 +709,7 @@ def stream_guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Str
     folder: Path = tmp_path_factory.mktemp("ids") / "stream"
     write_guard(folder)
     guard = Qwen3StreamGuard(folder)
-    yield guard, guard._template.tokenizer
+    return guard, guard._template.tokenizer
 
 
 async def test_the_ids_of_a_model_with_the_guards_tokenizer_are_judged_at_once(
@@ -719,7 +719,7 @@ async def test_the_ids_of_a_model_with_the_guards_tokenizer_are_judged_at_once(
     text = "Bring some bread, please. 🍞"
     ids = [token.id for token in tokenizer.encode(text)]
     record = Record()
-    with a_server(record, guard=guard, policy=make_policy(on_guard_error="block", debounce=1000)) as url:
+    with a_server(record, guard=guard, policy=make_policy(), guard_timeout_s=None) as url:
         async with connected(url) as line:
             assert line.hello["takes_ids"] is True
             await line.open(1, observe=True)
@@ -730,6 +730,7 @@ async def test_the_ids_of_a_model_with_the_guards_tokenizer_are_judged_at_once(
             await line.send("ids", 2, ids=[10**6])
             wrong = await line.next()
 
+    assert step["failure"] is None
     assert (step["taken"], step["judged"]) == (len(ids), len(text))
     assert len(step["tokens"]) == len(ids)
     assert last["decision"]["failure"] is None

@@ -24,7 +24,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse, Response
@@ -46,6 +46,8 @@ from tidegate.types import Conversation, Scope, TokenVerdict
 __all__ = ["Live", "LiveLimits"]
 
 _log = logging.getLogger("tidegate.gateway")
+_SLICE: Final = 8_192
+"""Most characters, or ids, of one step: so long a frame may be, and so long others wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,12 +509,15 @@ class _Stream:
         return False
 
     def _gathered(self) -> Iterator[str | tuple[int, ...]]:
-        """All that waits, as one piece: what is said of it does not depend on how it was cut."""
+        """All that waits, in few pieces: what is said of it does not depend on how it was cut."""
         pieces, self._pieces = self._pieces, []
+        whole: str | tuple[int, ...]
         if self._kind is Text:
-            yield from filter(None, ["".join(piece for piece in pieces if isinstance(piece, str))])
+            whole = "".join(piece for piece in pieces if isinstance(piece, str))
         else:
-            yield from filter(None, [tuple(number for piece in pieces for number in piece if isinstance(number, int))])
+            whole = tuple(number for piece in pieces if not isinstance(piece, str) for number in piece)
+        for start in range(0, len(whole), _SLICE):
+            yield whole[start : start + _SLICE]
 
     async def _judged(self, piece: str | tuple[int, ...]) -> Step:
         if isinstance(piece, str):

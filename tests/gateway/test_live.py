@@ -8,9 +8,9 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from hypothesis import given, settings
@@ -21,14 +21,14 @@ from websockets.typing import Subprotocol
 
 from serving import PATIENCE_S, Record, make_policy, serving, until, wait_until
 from streams import cut
+from tidegate.errors import GuardUnavailable, InputError
 from tidegate.gateway.app import create_app
 from tidegate.gateway.draining import DrainingWebSockets
 from tidegate.gateway.live import LiveLimits
 from tidegate.gateway.live_frames import PROTOCOL
-from tidegate.guards.base import StreamGuard
 from tidegate.moderate import StreamModerator
-from tidegate.testing import FakeStreamGuard
-from tidegate.types import Channel, Conversation, Scope
+from tidegate.testing import FakeSession, FakeStreamGuard
+from tidegate.types import Channel, Conversation, Scope, TokenVerdict
 
 BREAD = [{"role": "user", "content": "how do i bake bread"}]
 SAFE = "Bring the water to the boil, and add some salt. 🍞 Then wait."
@@ -140,6 +140,7 @@ async def test_the_server_says_first_what_it_is_and_what_it_holds_a_client_to(li
             "stream_characters": 5_000,
             "connection_characters": 8_000,
             "text_characters": 1_048_576,
+            "open_characters": 16_777_216,
             "idle_seconds": 300.0,
         },
     }
@@ -478,6 +479,39 @@ async def test_the_characters_of_all_streams_together_are_limited() -> None:
     assert long["code"] == "text_too_long"
 
 
+async def test_the_text_that_is_held_for_all_open_streams_is_limited() -> None:
+    with a_server(live=LiveLimits(open_characters=100)) as url:
+        async with connected(url) as line:
+            await line.open(1, turns=[{"role": "user", "content": "x" * 60}])
+            await line.send("open", 2, turns=[{"role": "user", "content": "x" * 60}])
+            refused = await line.next()
+            await line.open(3, reasoning="x" * 20)
+            await line.send("text", 3, text="bread and " * 3)
+            error = await line.next()
+            await line.send("close", 1)
+            await line.next()
+            await line.open(4, turns=[{"role": "user", "content": "x" * 60}])
+
+    assert (refused["stream"], refused["code"]) == (2, "too_much_text")
+    assert (error["stream"], error["code"]) == (3, "too_much_text")
+
+
+async def test_what_a_key_stands_for_is_in_the_scope_of_every_stream(record: Record) -> None:
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(), keep=record)
+
+    async def keyed(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            scope["state"].update(tenant="acme", region="DE")
+        await app(scope, receive, send)
+
+    with serving(keyed) as url:
+        async with connected(url) as line:
+            await line.open(scope={"region": "US", "language": "en"})
+            last = await line.say(["bread"])
+
+    assert last["decision"]["scope"] == {"tenant": "acme", "region": "DE", "route": "/v1/live", "language": "en"}
+
+
 async def test_a_stream_of_which_nothing_is_heard_is_ended(record: Record) -> None:
     with a_server(record, live=LiveLimits(idle_s=0.05)) as url:
         async with connected(url) as line:
@@ -617,19 +651,26 @@ async def test_a_client_that_hangs_up_while_the_guard_judges_frees_it_at_once(re
 
 
 async def test_a_client_that_does_not_read_its_verdicts_is_given_up() -> None:
-    """It sends and sends; what it is told fills the buffers between, and then its time is over."""
+    """What it is told fills the buffers between, and then its time is over."""
     record, guard = Record(), FakeStreamGuard()
-    with a_server(record, guard=guard, client_timeout_s=0.3) as url:
-        async with connected(url, max_queue=1) as line:
+    pieces = 12
+    limits = LiveLimits(stream_characters=10**7, connection_characters=10**7)
+    with a_server(record, guard=guard, client_timeout_s=0.2, live=limits) as url, socket.socket() as narrow:
+        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        narrow.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        narrow.setblocking(False)
+        async with connected(url, sock=narrow, max_queue=1, compression=None) as line:
             await line.open()
-            with contextlib.suppress(ConnectionClosed):
-                async with asyncio.timeout(PATIENCE_S):
-                    for _ in range(2_000):
-                        await line.send("text", text="a b c d " * 500)
-                        if record.kept:
-                            break
+            for _ in range(pieces):
+                await line.send("text", text="a b c d " * 1000)
             await until(lambda: record.kept, "the client to be given up")
+            async with httpx.AsyncClient() as client:
+                metrics = (await client.get(f"{url}/metrics")).text
+            line.socket.transport.abort()
         assert guard.open_sessions == 0
+
+    assert "tidegate_stalled_clients_total 1.0" in metrics
+    assert record.kept[0][0].coverage[0].characters < pieces * 8000
 
 
 class Stopping:
@@ -700,39 +741,62 @@ async def test_a_server_that_stops_ends_streams_that_take_too_long_and_keeps_the
 # --- ids ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def stream_guard(tmp_path_factory: pytest.TempPathFactory) -> tuple[StreamGuard, Any]:
-    pytest.importorskip("torch")
-    from stream_folder import write_guard
-    from tidegate.guards.stream import Qwen3StreamGuard
+class IdGuard(FakeStreamGuard):
+    """A guard whose ids are the numbers of characters; those from 1000 on stand for none."""
 
-    folder: Path = tmp_path_factory.mktemp("ids") / "stream"
-    write_guard(folder)
-    guard = Qwen3StreamGuard(folder)
-    return guard, guard._template.tokenizer
+    takes_ids = True
+
+    def open(self, context: Conversation | None, channel: Channel = Channel.ANSWER, **about: str) -> IdSession:
+        super().open(context, channel, **about).close()
+        return IdSession(self)
+
+    async def id_text(self) -> IdGuard:
+        return self
+
+    def decode(self, ids: Sequence[int]) -> str:
+        for place, number in enumerate(ids):
+            if number >= 1000:
+                raise InputError("this stands for no text", where=f"ids[{place}]")
+        return "".join(map(chr, ids))
 
 
-async def test_the_ids_of_a_model_with_the_guards_tokenizer_are_judged_at_once(
-    stream_guard: tuple[StreamGuard, Any],
-) -> None:
-    guard, tokenizer = stream_guard
-    text = "Bring some bread, please. 🍞"
-    ids = [token.id for token in tokenizer.encode(text)]
+class IdSession(FakeSession):
+    async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
+        return await self.feed("".join(map(chr, ids)))
+
+
+async def test_ids_are_judged_as_the_text_that_they_are() -> None:
     record = Record()
-    with a_server(record, guard=guard, policy=make_policy(), guard_timeout_s=None) as url:
+    with a_server(record, guard=IdGuard()) as url:
         async with connected(url) as line:
             assert line.hello["takes_ids"] is True
-            await line.open(1, observe=True)
-            await line.send("ids", 1, ids=ids)
-            step = await line.next()
-            last = await line.say([], 1)
+            await line.open(1, turns=BREAD)
+            for piece in cut(NASTY, [3, 9, 30]):
+                await line.send("ids", 1, ids=[ord(letter) for letter in piece])
+            last = (await line.rest(1))[-1]
             await line.open(2)
-            await line.send("ids", 2, ids=[10**6])
+            await line.send("ids", 2, ids=[32, 1000])
             wrong = await line.next()
+            await line.open(3)
+            await line.send("ids", 3, ids=[32])
+            await line.send("text", 3, text="bread")
+            mixed = (await line.rest(3))[-1]
 
-    assert step["failure"] is None
-    assert (step["taken"], step["judged"]) == (len(ids), len(text))
-    assert len(step["tokens"]) == len(ids)
-    assert last["decision"]["failure"] is None
-    assert record.kept[0][1].turns[-1].content == text
-    assert (wrong["code"], wrong["param"]) == ("invalid_frame", "ids[0]")
+    assert (last["reason"], last["released"]) == ("blocked", NASTY.index(" bomb"))
+    assert record.kept[0][1].turns[-1].content.startswith("Bring some bread and then a bomb bomb")
+    assert (wrong["code"], wrong["param"]) == ("invalid_frame", "ids[1]")
+    assert mixed["code"] == "mixed"
+
+
+async def test_a_guard_that_cannot_read_ids_now_is_a_failure_and_lets_nothing_leave() -> None:
+    class Down(IdGuard):
+        async def id_text(self) -> IdGuard:
+            raise GuardUnavailable("it is not there")
+
+    with a_server(guard=Down()) as url:
+        async with connected(url) as line:
+            await line.open()
+            await line.send("ids", ids=[32, 33])
+            last = (await line.rest())[-1]
+
+    assert (last["reason"], last["released"], last["failure"]["kind"]) == ("blocked", 0, "GuardUnavailable")

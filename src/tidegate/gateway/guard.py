@@ -217,7 +217,7 @@ def reported(decision: Decision, policy: Policy, identity: str | None) -> dict[s
         "target": verdict.target.value if verdict else None,
         "category_probabilities": dict(verdict.category_probabilities) if verdict else {},
         "refusal": verdict.refusal if verdict else None,
-        "reason": verdict.reason if verdict else None,
+        "reason": mended(verdict.reason) if verdict and verdict.reason is not None else None,
         "span": _span_field(verdict.span) if verdict else None,
         "scope": scope,
     }

@@ -52,7 +52,7 @@ _SLICE: Final = 8_192
 
 @dataclass(frozen=True, slots=True)
 class LiveLimits:
-    """What a client is held to; the first six are told in the ``hello`` frame.
+    """What a client is held to; the first seven are told in the ``hello`` frame.
 
     Attributes:
         frame_bytes: the longest frame.
@@ -60,6 +60,7 @@ class LiveLimits:
         stream_characters: how many characters of a stream (or ids) may be under way that were not taken yet.
         connection_characters: the same for all streams of a connection together.
         text_characters: the longest text of a stream, in characters.
+        open_characters: how many characters all open streams of a connection may have together, turns included.
         idle_s: seconds that a stream may go without a frame before it is ended.
         all_streams: how many streams all connections together may have open.
         connections: how many connections there may be.
@@ -71,6 +72,7 @@ class LiveLimits:
     stream_characters: int = 65_536
     connection_characters: int = 1_048_576
     text_characters: int = 1_048_576
+    open_characters: int = 16_777_216
     idle_s: float = 300.0
     all_streams: int = 4_096
     connections: int = 1_024
@@ -84,6 +86,7 @@ class LiveLimits:
             "stream_characters": self.stream_characters,
             "connection_characters": self.connection_characters,
             "text_characters": self.text_characters,
+            "open_characters": self.open_characters,
             "idle_seconds": self.idle_s,
         }
 
@@ -186,12 +189,14 @@ class _Connection:
 
     Attributes:
         underway: characters of all streams that were sent and not taken yet.
+        characters: of all streams that are open, the turns before them included.
     """
 
     def __init__(self, door: Live, websocket: WebSocket) -> None:
         self.door = door
         self.scope: Scope = scope_of(websocket)
         self.underway = 0
+        self.characters = 0
         self._websocket = websocket
         self._streams: dict[int, _Stream] = {}
         self._highest = 0
@@ -228,7 +233,7 @@ class _Connection:
             _Gone: when it cannot be sent; the connection then ends.
         """
         whose = {} if stream is None and kind != "error" else {"stream": stream}
-        text = json.dumps({"type": kind, **whose, **fields}, ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps({"type": kind, **whose, **fields}, separators=(",", ":"))
         await self._patiently(self._send(text))
 
     async def _send(self, text: str) -> None:
@@ -305,6 +310,9 @@ class _Connection:
         elif len(self._streams) >= limits.streams:
             said = f"this connection has {limits.streams:,} streams open already"
             await self._refuse(frame.stream, "too_many_streams", said)
+        elif self.characters + frame.characters > limits.open_characters:
+            said = f"the open streams may have {limits.open_characters:,} characters together, turns included"
+            await self._refuse(frame.stream, "too_much_text", said)
         elif self.door.streams >= limits.all_streams:
             await self._refuse(frame.stream, "too_many_streams", "the server has too many streams open already")
         else:
@@ -386,6 +394,7 @@ class _Stream:
     def start(self) -> None:
         """Begin to take what comes in."""
         self._door.streams += 1
+        self._connection.characters += self._frame.characters
         self._task = asyncio.ensure_future(self._run())
 
     def abandon(self) -> asyncio.Task[None]:
@@ -440,10 +449,13 @@ class _Stream:
             self.fail("window_exceeded", said)
         elif self._sent + len(piece) > limits.text_characters:
             self.fail("text_too_long", f"a text may have {limits.text_characters:,} characters")
+        elif connection.characters + len(piece) > limits.open_characters:
+            self.fail("too_much_text", f"the open streams may have {limits.open_characters:,} characters together")
         else:
             self._kind = kind
             self._sent += len(piece)
             connection.underway += len(piece)
+            connection.characters += len(piece)
             if piece:
                 self._pieces.append(piece)
             self._new.set()
@@ -464,13 +476,20 @@ class _Stream:
                     _Ending("error", "internal_error", "something went wrong in the gateway"), decision=None
                 )
         finally:
-            with contextlib.suppress(StoreError):
-                await self._kept()
-            self._door.telemetry.held.dec(self._held)
-            self._door.telemetry.released.inc(self._moderator.released)
-            self._connection.underway -= self._sent - self._taken
-            self._door.streams -= 1
-            self._connection.forget(self._frame.stream)
+            try:
+                with contextlib.suppress(StoreError):
+                    await self._kept()
+            finally:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        door, connection = self._door, self._connection
+        door.telemetry.held.dec(self._held)
+        door.telemetry.released.inc(self._moderator.released)
+        connection.underway -= self._sent - self._taken
+        connection.characters -= self._frame.characters + self._sent
+        door.streams -= 1
+        connection.forget(self._frame.stream)
 
     async def _watch(self) -> None:
         if self._abandoned:
@@ -599,4 +618,8 @@ class _Stream:
             self._keeping = asyncio.ensure_future(
                 self._door.keep(moderator.decision, whole, "response", self._policy.retention)
             )
-        return await asyncio.shield(self._keeping)
+        try:
+            return await asyncio.shield(self._keeping)
+        except asyncio.CancelledError:
+            await asyncio.wait({self._keeping})
+            raise

@@ -58,6 +58,13 @@ class Open:
     observe: bool = False
     problem: InputError | None = None
 
+    @property
+    def characters(self) -> int:
+        """How many characters come with it."""
+        turns = self.context.turns if self.context else ()
+        calls = sum(len(call.name) + len(call.arguments) for turn in turns for call in turn.tool_calls)
+        return len(self.reasoning) + sum(len(turn.content) + len(turn.reasoning) for turn in turns) + calls
+
 
 @dataclass(frozen=True, slots=True)
 class Text:

@@ -17,7 +17,7 @@ from typing import Any, Final, Self, cast
 
 from websockets.client import ClientProtocol
 from websockets.exceptions import InvalidStatus
-from websockets.frames import Opcode
+from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
 from websockets.protocol import State
 from websockets.typing import Subprotocol
@@ -132,25 +132,20 @@ class Connection(asyncio.Protocol):
             GuardUnavailable: when it would fail again.
         """
         uri = parse_uri(url)
-        made: list[Self] = []
-
-        def make() -> Self:
-            made.append(cls(url, key))
-            return made[0]
-
+        made = cls(url, key)
         try:
             async with asyncio.timeout(timeout_s):
                 context = ssl.create_default_context() if uri.secure else None
-                await asyncio.get_running_loop().create_connection(make, uri.host, uri.port, ssl=context)
-                await made[0]._ready
+                await asyncio.get_running_loop().create_connection(lambda: made, uri.host, uri.port, ssl=context)
+                await made._ready
         except ssl.SSLCertVerificationError as error:
             raise GuardUnavailable("the server's certificate cannot be verified") from error
         except (OSError, TimeoutError) as error:
             raise BrokenOff from error
         finally:
-            if made and not made[0].hello:
-                made[0].close()
-        return made[0]
+            if not made.hello:
+                made.close()
+        return made
 
     @property
     def streams(self) -> int:
@@ -216,6 +211,8 @@ class Connection(asyncio.Protocol):
         for event in self._protocol.events_received():
             if isinstance(event, Response):
                 self._shake_hands()
+            elif not isinstance(event, Frame):
+                continue
             elif event.opcode in (Opcode.TEXT, Opcode.CONT):
                 self._parts.append(bytes(event.data))
                 if event.fin:

@@ -19,16 +19,17 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
+from id_guard import IdGuard
 from serving import PATIENCE_S, Record, make_policy, serving, until, wait_until
 from streams import cut
-from tidegate.errors import GuardUnavailable, InputError
+from tidegate.errors import GuardUnavailable
 from tidegate.gateway.app import create_app
 from tidegate.gateway.draining import DrainingWebSockets
 from tidegate.gateway.live import LiveLimits
 from tidegate.gateway.live_frames import PROTOCOL
 from tidegate.moderate import StreamModerator
-from tidegate.testing import FakeSession, FakeStreamGuard
-from tidegate.types import Channel, Conversation, Scope, TokenVerdict
+from tidegate.testing import FakeStreamGuard
+from tidegate.types import Channel, Conversation, Scope
 
 BREAD = [{"role": "user", "content": "how do i bake bread"}]
 SAFE = "Bring the water to the boil, and add some salt. 🍞 Then wait."
@@ -535,6 +536,59 @@ async def test_a_decision_that_cannot_be_kept_is_an_error_and_no_end() -> None:
     assert (last["type"], last["code"], last["decision"]) == ("error", "store_error", None)
 
 
+STREAMS = st.integers(1, 3)
+FRAMES_OF_ANY_KIND = st.lists(
+    st.one_of(
+        st.fixed_dictionaries({"type": st.just("open"), "stream": STREAMS, "observe": st.booleans()}),
+        st.fixed_dictionaries(
+            {"type": st.just("text"), "stream": STREAMS, "text": st.sampled_from(["bread and ", "bomb ", "", "crash "])}
+        ),
+        st.fixed_dictionaries({"type": st.sampled_from(["finish", "close"]), "stream": STREAMS}),
+        st.fixed_dictionaries({"type": st.just("text"), "stream": STREAMS, "text": st.integers()}),
+        st.fixed_dictionaries({"type": st.just("ids"), "stream": STREAMS, "ids": st.lists(st.integers(), max_size=2)}),
+    ),
+    max_size=14,
+)
+
+
+@given(FRAMES_OF_ANY_KIND, st.booleans())
+@settings(max_examples=40)
+async def test_whatever_a_client_sends_each_stream_ends_once_and_every_decision_is_kept(
+    shared: tuple[str, Record, FakeStreamGuard], frames: list[dict[str, Any]], waits: bool
+) -> None:
+    url, record, guard = shared
+    await until(lambda: guard.open_sessions == 0, "what was before")
+    record.kept.clear()
+    async with connected(url) as line:
+        for frame in frames:
+            await line.socket.send(json.dumps(frame))
+        told: list[dict[str, Any]] = []
+        if waits:
+            await line.send("text", 99, text="a last word")
+            while not told or told[-1]["stream"] != 99:
+                told.append(await line.next())
+    await until(lambda: guard.open_sessions == 0, "the sessions to be closed")
+
+    assert not [frame for frame in told if frame.get("code") == "internal_error"]
+    for stream in (1, 2, 3):
+        own = [frame for frame in told if frame["stream"] == stream]
+        kinds = [frame["type"] for frame in own]
+        assert kinds.count("opened") <= 1
+        assert kinds.count("end") <= 1
+        if "end" in kinds:
+            assert set(kinds[kinds.index("end") + 1 :]) <= {"error"}
+        counts = [(frame["taken"], frame["judged"], frame["released"]) for frame in own if "taken" in frame]
+        assert counts == sorted(counts)
+        assert all(released <= judged <= taken or frame_failed(own) for taken, judged, released in counts)
+    decided = [frame for frame in told if frame.get("decision") is not None]
+    await until(lambda: len(record.kept) >= len(decided), "the decisions to be kept")
+    assert len({frame["decision"]["id"] for frame in decided}) == len(decided)
+
+
+def frame_failed(frames: list[dict[str, Any]]) -> bool:
+    return any(frame.get("failure") for frame in frames)
+
+
 # --- who may connect ----------------------------------------------------------------------------------------------
 
 
@@ -739,30 +793,6 @@ async def test_a_server_that_stops_ends_streams_that_take_too_long_and_keeps_the
 
 
 # --- ids ----------------------------------------------------------------------------------------------------------
-
-
-class IdGuard(FakeStreamGuard):
-    """A guard whose ids are the numbers of characters; those from 1000 on stand for none."""
-
-    takes_ids = True
-
-    def open(self, context: Conversation | None, channel: Channel = Channel.ANSWER, **about: str) -> IdSession:
-        super().open(context, channel, **about).close()
-        return IdSession(self)
-
-    async def id_text(self) -> IdGuard:
-        return self
-
-    def decode(self, ids: Sequence[int]) -> str:
-        for place, number in enumerate(ids):
-            if number >= 1000:
-                raise InputError("this stands for no text", where=f"ids[{place}]")
-        return "".join(map(chr, ids))
-
-
-class IdSession(FakeSession):
-    async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
-        return await self.feed("".join(map(chr, ids)))
 
 
 async def test_ids_are_judged_as_the_text_that_they_are() -> None:

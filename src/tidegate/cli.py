@@ -455,7 +455,12 @@ def _serve(settings: Settings, *, demo: bool) -> None:
         application = _application(settings, guard, fallback, policy, store, demo=demo)
         address = _address(socket)
         words = (f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz")
-        _run_server(_server_config(application, settings.shutdown_timeout, settings.log_level), socket, words)
+        config = _server_config(application, settings.shutdown_timeout, settings.log_level, settings.max_body_bytes)
+        _run_server(config, socket, words)
+
+
+_DRAIN_SHARE: Final = 0.8
+"""What part of the time to shut down live streams may go on: the rest is for decisions to be kept."""
 
 
 def _application(
@@ -471,6 +476,7 @@ def _application(
     from tidegate.console.app import create_console
     from tidegate.gateway.app import create_app
     from tidegate.gateway.asking import Asking
+    from tidegate.gateway.live import LiveLimits
     from tidegate.gateway.upstream import Upstream
     from tidegate.guards.breaker import BreakerOptions
 
@@ -507,6 +513,11 @@ def _application(
         connect_timeout_s=settings.upstream_connect_timeout,
         silence_timeout_s=settings.upstream_read_timeout,
         judge_system=settings.judge_system,
+        live=LiveLimits(
+            frame_bytes=settings.max_body_bytes,
+            idle_s=settings.upstream_read_timeout,
+            drain_s=settings.shutdown_timeout * _DRAIN_SHARE,
+        ),
         routes=console,
         on_close=[*((asking.close,) if asking else ()), store.aclose],
     )
@@ -594,9 +605,13 @@ def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str]) ->
         raise TidegateError("the server could not start; its messages are above")
 
 
-def _server_config(application: Starlette, shutdown_timeout: float, log_level: str) -> uvicorn.Config:
+def _server_config(
+    application: Starlette, shutdown_timeout: float, log_level: str, longest_frame: int = 1024 * 1024
+) -> uvicorn.Config:
     import uvicorn
     from uvicorn.config import LOGGING_CONFIG
+
+    from tidegate.gateway.draining import DrainingWebSockets
 
     logging = copy.deepcopy(LOGGING_CONFIG)
     logging["loggers"]["tidegate"] = {"handlers": ["default"], "level": log_level.upper(), "propagate": False}
@@ -607,7 +622,16 @@ def _server_config(application: Starlette, shutdown_timeout: float, log_level: s
         access_log=log_level == "debug",
         timeout_graceful_shutdown=max(1, round(shutdown_timeout)),
         server_header=False,
+        ws=DrainingWebSockets,
+        ws_max_size=longest_frame,
+        ws_ping_interval=_PING_S,
+        ws_ping_timeout=_PING_S,
+        ws_per_message_deflate=False,  # small frames that should arrive at once, and no memory for each connection
     )
+
+
+_PING_S: Final = 20.0
+"""Seconds between pings of a WebSocket, and until the answer to one; then its client is taken to be gone."""
 
 
 # --- kept decisions -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
@@ -23,6 +23,8 @@ from tidegate.errors import TidegateError
 from tidegate.gateway.chat import ChatDoor
 from tidegate.gateway.completions import CompletionsDoor
 from tidegate.gateway.exchange import Behind, Door, Endpoint
+from tidegate.gateway.guard import GuardDoor
+from tidegate.gateway.live import Live, LiveLimits
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
 from tidegate.gateway.statuses import Problem, problem_of
@@ -70,6 +72,7 @@ def create_app(
     health_timeout_s: float = 2.0,
     trusted_fields: Collection[str] = (),
     judge_system: bool = False,
+    live: LiveLimits = LiveLimits(),  # noqa: B008 - frozen
     routes: Sequence[BaseRoute] = (),
     on_close: Sequence[Callable[[], Any]] = (),
 ) -> Starlette:
@@ -96,6 +99,7 @@ def create_app(
             model; they pass as they are.
         judge_system: whether system and developer turns are judged too, as if a user had written them. They are the
             operator's own words in most installations; say yes where tenants write them.
+        live: what clients of ``/v1/live`` are held to.
         routes: more routes beside the gateway's, as the console's.
         on_close: called (and awaited, where it gives something to await) at shutdown, after the guard is closed.
 
@@ -130,6 +134,23 @@ def create_app(
         longest_body=longest_body,
         guard_timeout_s=patience_s,
     )
+    judging = GuardDoor(
+        guard=guarded,
+        policy=policy,
+        keep=keep,
+        telemetry=telemetry,
+        longest_body=longest_body,
+        guard_timeout_s=patience_s,
+    )
+    live_streams = Live(
+        guard=guarded,
+        policy=policy,
+        keep=keep,
+        telemetry=telemetry,
+        limits=live,
+        guard_timeout_s=patience_s,
+        client_timeout_s=client_timeout_s,
+    )
     models = Models(upstream, guard.name, policy, behind.trusted, telemetry)
     checkup = _Health(guard, health, health_timeout_s, policy)
 
@@ -155,6 +176,8 @@ def create_app(
         routes=[
             *(Route(door.route, Endpoint(door, behind).answer, methods=["POST"]) for door in DOORS),
             Route("/v1/moderations", moderations.create, methods=["POST"]),
+            Route("/v1/guard", judging.judge, methods=["POST"]),
+            WebSocketRoute("/v1/live", live_streams.connect),
             Route("/v1/models", models.list, methods=["GET"]),
             Route("/v1/models/{name:path}", models.one, methods=["GET"]),
             Route("/healthz", checkup.tell, methods=["GET"]),

@@ -297,6 +297,15 @@ def test_the_gateway_s_own_key_goes_on_instead_of_the_client_s(upstream: FakeUps
     assert "sk-client" not in str(received.headers)
 
 
+def test_the_upstream_s_request_id_is_told(client: Anthropic, upstream: FakeUpstream) -> None:
+    """Once, so that people can ask the upstream about it; one that could be a sentence is not."""
+    for said, told in (("req_upstream", True), ("first mix the powder", False)):
+        upstream.reply = Reply.json(fake.message("Hello there."), headers={"request-id": said})
+        response = client.messages.with_raw_response.create(model="m", max_tokens=5, messages=HELLO)
+        assert (response.headers["request-id"] == said) == told
+        assert response.headers["request-id"].startswith("req_")
+
+
 def test_a_client_is_known_by_either_header(gateway: Gateway, upstream: FakeUpstream) -> None:
     """What it sends goes on as it is."""
     upstream.reply = Reply.json(fake.message("Hello there."))

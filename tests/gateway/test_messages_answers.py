@@ -599,6 +599,17 @@ async def test_an_answer_that_is_refused_for_its_last_event_ends_once() -> None:
         assert client.text() == "hello"
 
 
+async def test_a_verdict_says_more_than_that_something_could_not_be_judged() -> None:
+    """Where both stop an answer, the verdict is told."""
+    policy = make_policy(unjudged_answer="refuse")
+    events = [fake.start(), *fake.text(0, "a bomb bomb "), *fake.block(1, REDACTED), *fake.end()]
+
+    client = await through(MessageStream(judging(policy=policy)), [fake.wire(events)])
+    whole, _ = await judge_message(fake.message("a bomb", REDACTED), judging(policy=policy))
+
+    assert client.field["rule"] == whole["tidegate"]["rule"] == "unsafe"
+
+
 async def test_a_policy_can_take_no_answer_with_what_nobody_can_judge() -> None:
     """It ends as a block does, also for encrypted data; else that passes."""
     policy, record = make_policy(unjudged_answer="refuse"), Record()

@@ -115,7 +115,7 @@ class MessagesEndpoint(Endpoint[MessagesRequest]):
 
 
 class _Numbered:
-    """The same app, whose answers say a ``request-id``."""
+    """The same app, whose answers say a ``request-id``: the upstream's, or one of ours where it said none."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -123,8 +123,10 @@ class _Numbered:
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         async def numbered(message: Message) -> None:
             if message["type"] == "http.response.start":
-                identity = (b"request-id", f"req_{uuid.uuid4().hex}".encode())
-                message = {**message, "headers": [*message.get("headers", ()), identity]}
+                headers = list(message.get("headers", ()))
+                if not any(name.lower() == b"request-id" for name, _ in headers):
+                    headers.append((b"request-id", f"req_{uuid.uuid4().hex}".encode()))
+                message = {**message, "headers": headers}
             await send(message)
 
         await self._app(scope, receive, numbered)

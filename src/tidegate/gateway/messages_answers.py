@@ -171,6 +171,11 @@ def _observing(decision: Decision, unjudged: Decision | None) -> Decision:
     return decision if unjudged is None or decision.observed else replace(decision, observed=unjudged.observed)
 
 
+def _any_blocks(decisions: Iterable[Decision]) -> bool:
+    """Whether a verdict stops it already: that says more than that there was text which nobody could judge."""
+    return any(decision.action >= BLOCKS for decision in decisions)
+
+
 def _decision_field(decision: Decision, judging: Judging, flow: _Flow | None, identity: str | None) -> dict[str, Any]:
     """What stands in our field ``tidegate``, with the place of the verdict in its block."""
     if flow is None:
@@ -690,7 +695,7 @@ class MessageStream:
             part for watched in self._texts for part in watched.flow.coverage(watched.channel.moderator.coverage)
         ]
         coverage += (*self._hidden, *_dropped(self._parts.dropped))
-        if self._refuses() and self._unjudged is not None:
+        if self._refuses() and self._unjudged is not None and not _any_blocks(one for one, _ in decided):
             decided.append((self._unjudged, None))
         if not decided:
             self._field = undecided_field(self._judging.policy, coverage)
@@ -757,7 +762,9 @@ async def judge_message(
     refusing = [unjudged] if unjudged is not None and unjudged.action >= BLOCKS else []
     if not found.texts and not refusing:
         return {**passed, "tidegate": undecided_field(judging.policy, unseen)}, None
-    decided = [*await found.judge(), *refusing]
+    decided = await found.judge()
+    if not _any_blocks(decided):
+        decided += refusing
     number = judging.worst(decided)
     coverage = (*(part for one in decided for part in one.coverage), *unseen)
     decision = _observing(replace(decided[number], coverage=coverage), unjudged)

@@ -25,6 +25,7 @@ from tidegate.gateway.completions import CompletionsDoor
 from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.guard import GuardDoor
 from tidegate.gateway.live import Live, LiveLimits
+from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
 from tidegate.gateway.statuses import Problem, problem_of
@@ -175,6 +176,11 @@ def create_app(
     app = Starlette(
         routes=[
             *(Route(door.route, Endpoint(door, behind).answer, methods=["POST"]) for door in DOORS),
+            *(
+                Route(door.route, MessagesEndpoint(door, behind).answer, methods=["POST"])
+                for door in (MessagesDoor(), CountTokensDoor())
+            ),
+            Route(BATCHES, tell_batches, methods=["GET", "POST", "DELETE"]),
             Route("/v1/moderations", moderations.create, methods=["POST"]),
             Route("/v1/guard", judging.judge, methods=["POST"]),
             WebSocketRoute("/v1/live", live_streams.connect),

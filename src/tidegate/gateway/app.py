@@ -25,6 +25,7 @@ from tidegate.gateway.completions import CompletionsDoor
 from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
+from tidegate.gateway.responses import ResponsesDoor, refuse_stored
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
 from tidegate.gateway.upstream import Upstream
@@ -38,7 +39,7 @@ from tidegate.types import Conversation, Severity
 
 __all__ = ["HealthTexts", "create_app"]
 
-DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(), CompletionsDoor())
+DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(), CompletionsDoor(), ResponsesDoor())
 """The protocols that clients can speak to an upstream."""
 
 DEFAULT_LONGEST_BODY: Final = 8 * 1024 * 1024
@@ -154,6 +155,7 @@ def create_app(
     app = Starlette(
         routes=[
             *(Route(door.route, Endpoint(door, behind).answer, methods=["POST"]) for door in DOORS),
+            Route("/v1/responses/{rest:path}", refuse_stored, methods=["GET", "POST", "DELETE"]),
             Route("/v1/moderations", moderations.create, methods=["POST"]),
             Route("/v1/models", models.list, methods=["GET"]),
             Route("/v1/models/{name:path}", models.one, methods=["GET"]),

@@ -596,7 +596,7 @@ def response_events(
 def _item_events(place: int, item: dict[str, Any], cut: Callable[[str], Iterable[str]]) -> Iterator[dict[str, Any]]:
     at = {"output_index": place, "item_id": item.get("id")}
     name, kind = _ITEM_TEXTS.get(item["type"], ("", ""))
-    emptied = {
+    emptied: dict[str, Any] = {
         key: [] if key in ("content", "summary") else "" if key == name else value for key, value in item.items()
     }
     yield {"type": "response.output_item.added", "output_index": place, "item": {**emptied, "status": "in_progress"}}

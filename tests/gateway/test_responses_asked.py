@@ -116,6 +116,7 @@ def unseen_items() -> Iterator[tuple[str, Any, int]]:
     yield "input[1].outputs", {"type": "code_interpreter_call", "id": "c", "outputs": image}, len(DATA)
     parts = [{"type": "input_file", "file_data": TEXT}]
     yield "input[1].output", {"type": "function_call_output", "call_id": "c", "output": parts}, 20
+    yield "input[1].output", {"type": "function_call_output", "call_id": "c", "output": [1, 2, 3]}, 3
 
 
 @pytest.mark.parametrize(("path", "item", "least"), list(unseen_items()))
@@ -311,6 +312,12 @@ def test_parts_are_judged_in_any_joints() -> None:
         ({"input": [{"role": "user", "content": [{"text": "x"}]}]}, "input[0].content[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]}, "input[0].content[0].text"),
         ({"input": [{"type": "reasoning", "summary": "x"}]}, "input[0].summary"),
+        ({"Input": "x"}, "input"),
+        ({"input": [{**USER, "Content": "x"}]}, "input[0].content"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "Text": "y"}]}]},
+            "input[0].content[0].text",
+        ),
         ({"prompt": "x"}, "prompt"),
         ({"prompt": {"id": "p", "variables": ["x"]}}, "prompt.variables"),
     ],

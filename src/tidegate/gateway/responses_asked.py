@@ -354,7 +354,10 @@ def _uncovered(role: Role, path: str, characters: int) -> tuple[Coverage, ...]:
 
 
 def _gather(value: Any, texts: list[str]) -> int:
-    """Collect the texts of a value; how many characters of it are images, files and the like."""
+    """Collect the texts of a value; how much of it is images, files and the like, in characters.
+
+    A number in an array counts as one: it may be a token.
+    """
     if isinstance(value, str):
         if value[: len(_DATA)].lower() == _DATA:
             return len(value)
@@ -362,7 +365,8 @@ def _gather(value: Any, texts: list[str]) -> int:
             texts.append(value)
         return 0
     if isinstance(value, list):
-        return sum(_gather(one, texts) for one in value)
+        numbers = sum(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
+        return numbers + sum(_gather(one, texts) for one in value)
     if not isinstance(value, dict):
         return 0
     count = 0

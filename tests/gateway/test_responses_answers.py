@@ -882,6 +882,17 @@ async def test_a_policy_can_refuse_what_no_guard_can_judge(path: str, item: dict
     assert once.merged == pieces.merged
 
 
+async def test_a_verdict_says_more_than_that_something_was_not_judged() -> None:
+    """Where both stop a response, the verdict is the reason that is told and kept."""
+    policy = make_policy(unjudged_answer="refuse")
+    item = {**CALL, "arguments": HARM, "odd": SECRET}
+
+    whole, _ = await judge_response(response(item), judging(policy=policy), {})
+    client = await client_of([*response_events(HARM)[:5], {"type": "response.odd", "text": SECRET}], policy=policy)
+
+    assert whole["tidegate"]["rule"] == client.field["rule"] == "unsafe"
+
+
 async def test_an_unknown_event_is_what_the_policy_says_too() -> None:
     events = response_events("fine")
     odd = {"type": "response.odd", "text": SECRET}

@@ -615,7 +615,7 @@ class ResponseStream:
             if (decision := text.channel.moderator.close() or text.channel.moderator.decision) is not None
         ]
         unjudged = self._unjudged
-        if unjudged is not None and unjudged.action >= BLOCKS:
+        if unjudged is not None and unjudged.action >= BLOCKS and not any(one.action >= BLOCKS for one, _ in decided):
             decided.append((unjudged, None))
         self.released = sum(text.channel.moderator.released for text in self._all())
         coverage = [part for text in self._all() for part in text.channel.moderator.coverage]
@@ -701,7 +701,9 @@ async def judge_response(
     names = {one.slot[:2]: one.text for one in taken.texts if one.slot[-1] == "name"}
     names |= {("output", place): item["name"] for place, item in enumerate(response["output"]) if item.get("name")}
     work = (_judge_text(one, names.get(one.slot[:2], ""), judging) for one in taken.texts)
-    decided = [*await asyncio.gather(*work), *refused]
+    decided = await asyncio.gather(*work)
+    if not any(one.action >= BLOCKS for one in decided):
+        decided += refused
     number = judging.worst(decided)
     coverage = (*(part for one in decided for part in one.coverage), *unseen)
     decision = replace(decided[number], coverage=coverage)

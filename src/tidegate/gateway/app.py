@@ -28,6 +28,7 @@ from tidegate.gateway.live import Live, LiveLimits
 from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
+from tidegate.gateway.responses import ResponsesDoor, refuse_stored
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
 from tidegate.gateway.upstream import Upstream
@@ -41,7 +42,7 @@ from tidegate.types import Conversation, Severity
 
 __all__ = ["HealthTexts", "create_app"]
 
-DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(), CompletionsDoor())
+DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(), CompletionsDoor(), ResponsesDoor())
 """The protocols that clients can speak to an upstream."""
 
 DEFAULT_LONGEST_BODY: Final = 8 * 1024 * 1024
@@ -181,6 +182,7 @@ def create_app(
                 for door in (MessagesDoor(), CountTokensDoor())
             ),
             Route(BATCHES, tell_batches, methods=["GET", "POST", "DELETE"]),
+            Route("/v1/responses/{rest:path}", refuse_stored, methods=["GET", "POST", "DELETE"]),
             Route("/v1/moderations", moderations.create, methods=["POST"]),
             Route("/v1/guard", judging.judge, methods=["POST"]),
             WebSocketRoute("/v1/live", live_streams.connect),

@@ -20,6 +20,7 @@ from tidegate.errors import StoreError
 from tidegate.policy import Retention
 from tidegate.store import deletions
 from tidegate.store.database import Database, DatabaseDown
+from tidegate.store.keys import Keys
 from tidegate.store.retention import (
     conversation_from_json,
     conversation_to_json,
@@ -249,6 +250,11 @@ class Store:
         """
         self._check_open()
         self._upkeep.replay()
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of clients, in the same database."""
+        return Keys(self._database, self._key)
 
     def state(self) -> StoreState:
         """How the store is; see `StoreState`."""

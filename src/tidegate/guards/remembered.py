@@ -117,10 +117,10 @@ class Memory:
             return None
         place = _place(name)
         try:
-            value: bytes | None = await self._shared.call(lambda redis: redis.get(place))
+            value = await self._shared.call(lambda redis: redis.get(place))
         except SharedDown:
             return None
-        if value is None:
+        if not isinstance(value, bytes):
             return None
         mac, text = value[:_MAC_BYTES], value[_MAC_BYTES:]
         if not hmac.compare_digest(mac, self._mac(name, text)):

@@ -522,7 +522,7 @@ def _entrance(settings: Settings, store: Store) -> EntranceOptions:
     return EntranceOptions(
         keys=store.keys if auth == "keys" else None,
         keys_age_s=settings.keys_max_age,
-        open_doors=settings.open_doors,
+        open_doors=settings.open_doors or (),
         limits=LimitOptions(
             Allowance(settings.tenant_per_minute, settings.tenant_burst, settings.tenant_concurrent),
             settings.subject_per_minute,
@@ -532,7 +532,7 @@ def _entrance(settings: Settings, store: Store) -> EntranceOptions:
         remembered=settings.verdict_memory,
         remembered_s=settings.verdict_memory_seconds,
         read_timeout_s=settings.read_timeout,
-        hosts=settings.allowed_hosts,
+        hosts=settings.allowed_hosts or (),
     )
 
 

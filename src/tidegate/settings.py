@@ -67,8 +67,8 @@ class Settings(BaseModel):
     """Key sent to the upstream as a bearer token; None passes the client's own on."""
     auth: Auth | None = None
     """Who is let in: ``none`` everybody, ``keys`` those who show a key; None for everybody of this machine."""
-    open_doors: tuple[str, ...] = ()
-    """Doors that need no key: ``metrics``, ``console``."""
+    open_doors: tuple[str, ...] | None = None
+    """Doors that need no key: ``metrics``, ``console``; None for none."""
     keys_max_age: Seconds = 3600.0
     """How long known keys stay good while they cannot be read, in seconds."""
     tenant_per_minute: Amount = None
@@ -77,7 +77,7 @@ class Settings(BaseModel):
     """Requests of a tenant that may come at once after a pause; None for a sixth of those per minute."""
     tenant_concurrent: Amount = None
     """Exchanges of a tenant that may be open at once; None for any number."""
-    subject_per_minute: Annotated[float, Field(gt=0, le=1_000_000)] = 60.0
+    subject_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 60
     """Requests per minute that a subject starts from when it is throttled."""
     redis_url: Annotated[str | None, Field(repr=False)] = None
     """The Redis that gateways share, as ``redis://127.0.0.1:6379/0``; None for none."""
@@ -95,8 +95,8 @@ class Settings(BaseModel):
     """How long the head of a request may take to come, in seconds."""
     read_timeout: Seconds = 60.0
     """How long a whole request may take to come, in seconds."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Names that the gateway answers to, as ``gate.example.com`` or ``*.example.com``; () for any."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Names that the gateway answers to, as ``gate.example.com`` or ``*.example.com``; None for any."""
     tls_cert: Path | None = None
     """Certificate of the server, and its chain, in PEM; None for plain HTTP."""
     tls_key: Path | None = None
@@ -105,8 +105,8 @@ class Settings(BaseModel):
     """Certificates of those who sign the clients', in PEM; None lets clients have none."""
     guard: Annotated[str, Field(min_length=1)] = "edge"
     """Which guard judges, as `tidegate.guards.load_guard` takes it."""
-    adapters: dict[str, Path] = Field(default_factory=dict)
-    """Adapters of a ``gen:`` guard, which keys name: as ``bank=adapters/bank,school=adapters/school``."""
+    adapters: dict[str, Path] | None = None
+    """Adapters of a ``gen:`` guard, by the names that keys have, as ``bank=adapters/bank,school=adapters/school``."""
     policy: Annotated[str, Field(min_length=1)] = "balanced"
     """A preset's name or the path of a policy file."""
     database_url: Annotated[str, Field(min_length=1, repr=False)] = "sqlite:///tidegate.db"
@@ -143,8 +143,8 @@ class Settings(BaseModel):
 
     @field_validator("open_doors")
     @classmethod
-    def _openable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not set(value) <= {"metrics", "console"}:
+    def _openable(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if not set(value or ()) <= {"metrics", "console"}:
             raise ValueError("expected metrics, console, or both with a comma between")
         return value
 

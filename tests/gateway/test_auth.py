@@ -97,7 +97,18 @@ def test_whatever_is_wrong_the_answer_is_the_same(keys: Keys) -> None:
     _, old = keys.create("shop", expires=datetime.now(UTC) + timedelta(milliseconds=1))
     wrong = token[:-1] + ("0" if token[-1] != "0" else "1")
     absent = token.replace(good.id, "0" * 12)
-    shown = ["nothing", token.upper(), "sk-123", wrong, taken_back, old, absent, token + "0", "tdg_", f"{token},{token}"]
+    shown = [
+        "nothing",
+        token.upper(),
+        "sk-123",
+        wrong,
+        taken_back,
+        old,
+        absent,
+        token + "0",
+        "tdg_",
+        f"{token},{token}",
+    ]
     with serving(make(keys)) as url:
         answers = [httpx.post(f"{url}/v1/moderations", headers=bearer(each)) for each in shown]
         answers.append(httpx.post(f"{url}/v1/moderations"))

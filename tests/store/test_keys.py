@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from kept import Place
-from tidegate.errors import InputError
+from postgres import Cluster
+from tidegate.errors import InputError, StoreError
+from tidegate.gateway.auth import KeyRing
 from tidegate.store import Allowance, Keys, Store
 from tidegate.store.keys import DOORS, USUAL_DOORS, KnownKey, split_token
 
@@ -203,3 +206,26 @@ def test_a_key_that_is_not_there_can_be_neither_rotated_nor_revoked(keys: Keys) 
 
 def test_what_shows_what_others_do_is_not_opened_unless_that_is_said() -> None:
     assert set(DOORS) - set(USUAL_DOORS) == {"metrics", "console", "admin"}
+
+
+async def test_keys_stay_known_while_postgresql_is_killed_and_are_read_again(postgres: Cluster, tmp_path: Path) -> None:
+    """As a gateway does: what it knows stays, what changed meanwhile comes when the database is back."""
+    Place(postgres.url, tmp_path).run("CREATE SCHEMA killed")
+    place = Place(f"{postgres.url}&options=-csearch_path%3Dkilled", tmp_path)
+    with place.open() as store:
+        made, token = store.keys.create("shop")
+        ring = KeyRing(store.keys)
+        assert await ring.refresh()
+        postgres.kill()
+        try:
+            assert not await ring.refresh()
+            assert ring.usable
+            assert ring.find(token) is not None
+            with pytest.raises(StoreError):
+                store.keys.revoke(made.id)
+        finally:
+            postgres.start()
+        store.keys.revoke(made.id)
+        while not await ring.refresh():
+            pass
+        assert ring.find(token) is None

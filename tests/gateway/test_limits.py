@@ -222,6 +222,21 @@ async def test_a_redis_that_is_full_counts_as_down(redis: RedisServer) -> None:
         redis.kill()
 
 
+async def test_a_burst_of_a_thousand_goes_together_and_each_has_its_own_answer(redis: RedisServer) -> None:
+    """On one connection; also where some who asked have gone meanwhile."""
+    async with shared_counts(redis) as (counts, shared):
+        limit = Limit("key/1", per_minute=0.001, burst=700)
+        asking = [asyncio.create_task(counts.take([limit], f"lease{number}")) for number in range(1000)]
+        gone = asyncio.create_task(shared.execute("GET", "x"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        told = await asyncio.gather(*asking)
+
+        assert shared.up
+        assert sum(one.full is None for one in told) == 700
+        assert sorted({one.remaining for one in told}) == list(range(700))
+
+
 @pytest.mark.parametrize("url", ["127.0.0.1:6379", "http://127.0.0.1", ""])
 async def test_an_address_that_is_none_is_an_error_that_does_not_show_it(url: str) -> None:
     with pytest.raises(InputError, match="redis://"):

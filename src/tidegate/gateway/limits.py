@@ -28,7 +28,7 @@ from tidegate.errors import InputError
 from tidegate.gateway.statuses import Problem
 from tidegate.moderate import surely
 from tidegate.store.keys import Allowance, Key
-from tidegate.store.shared import Shared, SharedDown
+from tidegate.store.shared import Shared, SharedDown, UnknownScript
 
 __all__ = ["Admission", "Counts", "Limit", "LimitOptions", "Limits", "LocalCounts", "SharedCounts", "Throttle"]
 
@@ -383,7 +383,7 @@ class SharedCounts:
             if not held:
                 self._held.pop(name, None)
             with contextlib.suppress(SharedDown):
-                await self._shared.call(lambda redis, name=name: redis.zrem(name, lease))  # type: ignore[misc]
+                await self._shared.execute("ZREM", name, lease)
 
     async def slow(self, name: str, factor: float, seconds: float) -> None:
         await self._local.slow(name, factor, seconds)
@@ -409,24 +409,17 @@ class SharedCounts:
                 await self._run(_RENEW, [name], self._lease_s, *leases)
 
     async def _run(self, script: str, names: Sequence[str], *arguments: Any) -> Any:
+        """A script's result; it is sent whole only where the Redis does not know it."""
         values = [value if isinstance(value, str) else repr(value) for value in arguments]
-        return await self._shared.call(lambda redis: _evaluated(redis, script, names, values))
+        try:
+            return await self._shared.execute("EVALSHA", _DIGESTS[script], len(names), *names, *values)
+        except UnknownScript:
+            return await self._shared.execute("EVAL", script, len(names), *names, *values)
 
     def _name(self, kind: str, name: str) -> str:
         """All names have one tag, so that one script may touch them all in a cluster of several Redis."""
         digest = hashlib.blake2b(name.encode(), key=self._key, digest_size=16, person=b"tidegate limits").hexdigest()
         return f"{{tidegate}}:{kind}:{digest}"
-
-
-async def _evaluated(redis: Any, script: str, names: Sequence[str], values: Sequence[str]) -> Any:
-    """A script's result; it is sent whole only where the Redis does not know it."""
-    from redis.exceptions import NoScriptError
-
-    digest = _DIGESTS[script]
-    try:
-        return await redis.evalsha(digest, len(names), *names, *values)
-    except NoScriptError:
-        return await redis.eval(script, len(names), *names, *values)
 
 
 _DIGESTS: Final = {

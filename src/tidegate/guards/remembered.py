@@ -117,7 +117,7 @@ class Memory:
             return None
         place = _place(name)
         try:
-            value = await self._shared.call(lambda redis: redis.get(place))
+            value = await self._shared.execute("GET", place)
         except SharedDown:
             return None
         if not isinstance(value, bytes):
@@ -139,7 +139,7 @@ class Memory:
         text = verdict_to_json(replace(verdict, reason=None)).encode("ascii")
         value, place, milliseconds = self._mac(name, text) + text, _place(name), math.ceil(self._ttl_s * 1000)
         try:
-            await self._shared.call(lambda redis: redis.set(place, value, px=milliseconds))
+            await self._shared.execute("SET", place, value, "PX", milliseconds)
         except SharedDown:
             return
 

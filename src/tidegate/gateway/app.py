@@ -22,6 +22,7 @@ from tidegate import __version__
 from tidegate.errors import TidegateError
 from tidegate.gateway.chat import ChatDoor
 from tidegate.gateway.completions import CompletionsDoor
+from tidegate.gateway.entrance import Entrance, EntranceOptions
 from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.guard import GuardDoor
 from tidegate.gateway.live import Live, LiveLimits
@@ -34,6 +35,7 @@ from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
 from tidegate.gateway.upstream import Upstream
 from tidegate.guards.base import StreamGuard
 from tidegate.guards.breaker import Breaker, BreakerOptions
+from tidegate.guards.callers import CallersGuard
 from tidegate.guards.resilient import FALLBACK_DEADLINE_S, ResilientGuard
 from tidegate.moderate import Keep, failure_of
 from tidegate.policy import PolicySource, WatchedPolicy
@@ -75,6 +77,7 @@ def create_app(
     trusted_fields: Collection[str] = (),
     judge_system: bool = False,
     live: LiveLimits = LiveLimits(),  # noqa: B008 - frozen
+    entrance: EntranceOptions | None = None,
     routes: Sequence[BaseRoute] = (),
     on_close: Sequence[Callable[[], Any]] = (),
 ) -> Starlette:
@@ -102,14 +105,17 @@ def create_app(
         judge_system: whether system and developer turns are judged too, as if a user had written them. They are the
             operator's own words in most installations; say yes where tenants write them.
         live: what clients of ``/v1/live`` are held to.
+        entrance: who is let in, how much each may do, and what is remembered; None for everybody, anything, nothing.
         routes: more routes beside the gateway's, as the console's.
         on_close: called (and awaited, where it gives something to await) at shutdown, after the guard is closed.
 
     Raises:
-        InputError: when ``upstream_url`` is not an address.
+        InputError: when ``upstream_url`` is not an address, or the Redis of the entrance has none.
     """
     telemetry = Telemetry()
-    guarded = _guarded(guard, fallback, breaker, guard_timeout_s, telemetry)
+    gate = Entrance(entrance or EntranceOptions(), telemetry.registry)
+    timed = TimedGuard(CallersGuard(guard), telemetry)
+    guarded = _guarded(gate.remembering(timed), fallback, breaker, guard_timeout_s, telemetry)
     patience_s = None if guard_timeout_s is None else guard_timeout_s + (FALLBACK_DEADLINE_S if fallback else 1.0)
     upstream = None
     if upstream_url is not None:
@@ -163,13 +169,14 @@ def create_app(
     async def life(app: Starlette) -> AsyncIterator[None]:
         if upstream is not None:
             await upstream.open()
+        await gate.open()
         watching = _watching(policy, telemetry)
         try:
             yield
         finally:
             if watching is not None:
                 watching.cancel()
-            for close in (*((upstream.close,) if upstream else ()), guarded.close, *on_close):
+            for close in (*((upstream.close,) if upstream else ()), guarded.close, gate.close, *on_close):
                 closing = close()
                 if inspect.isawaitable(closing):
                     await closing
@@ -200,6 +207,7 @@ def create_app(
         },
         lifespan=life,
     )
+    gate.put_before(app)
     app.add_middleware(_Counted, telemetry=telemetry)
     return app
 
@@ -211,13 +219,13 @@ def _guarded(
     timeout_s: float | None,
     telemetry: Telemetry,
 ) -> ResilientGuard:
-    """The guard as the gateway asks it: its own time is taken, and not that of the fallback."""
+    """The guard as the gateway asks it."""
     breaker = None
     if options is not None:
         breaker = Breaker(options, tell=telemetry.tell_circuit)
         telemetry.tell_circuit(breaker.state)
     return ResilientGuard(
-        TimedGuard(guard, telemetry),
+        guard,
         fallback=fallback,
         breaker=breaker,
         deadline_s=timeout_s,
@@ -266,7 +274,10 @@ class _Health:
             if time.monotonic() >= self._until:
                 self._found = await self._examine()
                 self._until = time.monotonic() + self._holds_s
-        return JSONResponse({**self._found, **self._told()}, 200 if self._found["status"] == "ok" else 503)
+        status = 200 if self._found["status"] == "ok" else 503
+        if request.state.guest:  # there are keys, and this caller has none: how it is, and nothing of what it is
+            return JSONResponse({"status": self._found["status"]}, status)
+        return JSONResponse({**self._found, **self._told()}, status)
 
     def _told(self) -> dict[str, Any]:
         """Which policy is in force, and whether its file says something else that cannot be used; that harms nobody."""

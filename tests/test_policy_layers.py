@@ -358,6 +358,21 @@ def test_a_policy_that_is_only_observed_enforces_nothing() -> None:
     assert failed.observed == Observed(Action.BLOCK, "on_guard_error")
 
 
+def test_a_policy_can_be_taken_as_only_observed_and_has_the_same_version() -> None:
+    chosen = policy(
+        "rules: [{name: stop, severity: unsafe, action: block}]\n"
+        "layers: {region: {DE: {observe: false, rules: [{name: german, severity: unsafe, action: review}]}}}"
+    )
+    watched = chosen.only_observed()
+
+    assert watched.version == watched.at(Scope(region="DE")).version == chosen.version
+    for scope, would_be in ((Scope(), "stop"), (Scope(region="DE"), "german")):
+        said = decide(watched, verdict(), scope)
+        assert (said.action, said.rule) == (Action.ALLOW, "observe")
+        assert said.observed is not None
+        assert said.observed.rule == would_be
+
+
 def test_a_scope_can_be_observed_while_the_rest_is_enforced() -> None:
     chosen = policy(
         "rules: [{name: stop, severity: unsafe, action: block}]\nlayers: {tenant: {new: {observe: true}}}",

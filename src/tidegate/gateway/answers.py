@@ -30,7 +30,16 @@ from dataclasses import replace
 from typing import Any, Final
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, judge_text
+from tidegate.gateway.channels import (
+    BLOCKS,
+    Judging,
+    TextChannel,
+    as_found,
+    due_of,
+    judge_text,
+    of_stream,
+    of_whole,
+)
 from tidegate.gateway.deltas import (
     CHOICE_FIELDS,
     TOP_FIELDS,
@@ -54,16 +63,7 @@ from tidegate.gateway.sse import DONE, EventReader, event
 from tidegate.gateway.statuses import Problem
 from tidegate.moderate import Retry, ending_of
 from tidegate.personal import mask
-from tidegate.policy import Policy
-from tidegate.types import (
-    Action,
-    Channel,
-    Coverage,
-    CoverageState,
-    Decision,
-    Intervention,
-    InterventionKind,
-)
+from tidegate.types import Action, Channel, Coverage, CoverageState, Decision, InterventionKind
 
 __all__ = ["NO_USAGE", "AnswerStream", "judge_answer"]
 
@@ -251,14 +251,8 @@ class AnswerStream:
     @property
     def due_s(self) -> float | None:
         """In how many seconds `late` is to be called if nothing comes before, at least 0; None for never."""
-        dues = [
-            due
-            for choice in self._choices.values()
-            if not choice.ended
-            for channel in choice.channels.values()
-            if (due := channel.moderator.due_s) is not None
-        ]
-        return min(dues, default=None)
+        open_ = (choice for choice in self._choices.values() if not choice.ended)
+        return due_of(channel for choice in open_ for channel in choice.channels.values())
 
     async def late(self) -> bytes:
         """Nothing came, and what is held may be held no longer. Raises StoreError."""
@@ -561,11 +555,10 @@ class AnswerStream:
         if not decided:
             choice.field = undecided_field(judging.policy, coverage)
             return None
-        chosen, path = decided[judging.worst([decision for decision, _ in decided])]
-        others = [one for one, _ in decided if one is not chosen]
-        done = (*(one for other in others for one in other.interventions), *chosen.interventions)
-        leaked = sum(one.leaked for one, _ in decided)
-        decision = replace(chosen, coverage=tuple(coverage), interventions=done, leaked=leaked)
+        listed = [one for one, _ in decided]
+        number = judging.worst(listed)
+        path = decided[number][1]
+        decision = of_stream(listed, number, coverage)
         if unjudged is not None and decision.observed is None:
             decision = replace(decision, observed=unjudged.observed)
         self.decisions.append(decision)
@@ -702,17 +695,12 @@ class _Whole:
             judge_text(judging, kind, path_of(self._index, slot), text, reasoning=thought, name=name)
             for (slot, kind, text), name in zip(texts, names, strict=True)
         )
-        decided = [_as_found(one, text.text) for one, text in zip(await asyncio.gather(*work), texts, strict=True)]
+        decided = [as_found(one, text.text) for one, text in zip(await asyncio.gather(*work), texts, strict=True)]
         if not _any_blocks(decided):
             decided += refused
         number = judging.worst(decided)
         coverage = (*(part for one in decided for part in one.coverage), *self._unseen)
-        decision = replace(decided[number], coverage=coverage)
-        ending = _whole_ending(judging.policy, decision)
-        done = tuple(one for each in decided for one in each.interventions if decision.action < BLOCKS)
-        if decision.action >= BLOCKS:
-            done = (Intervention(ending, "done", 1, sum(len(text.text) for text in texts)),)
-        decision = replace(decision, interventions=done)
+        decision = of_whole(judging.policy, decided, number, coverage, sum(len(text.text) for text in texts))
         if unjudged is not None and decision.observed is None:
             decision = replace(decision, observed=unjudged.observed)
         identity = await judging.keep(decision, judging.prompt.then(turn_of(said)))
@@ -720,7 +708,7 @@ class _Whole:
         field = decision_field(decision, judging.policy, path=path, identity=identity)
         if decision.action >= BLOCKS:
             message = judging.policy.message_for(decision.rule, judging.scope.language)
-            return self._stopped("" if ending is InterventionKind.CUT else message, field), decision
+            return self._stopped("" if ending_of(decision) is InterventionKind.CUT else message, field), decision
         self._mask([one.action is Action.REDACT for one in decided])
         return self._sent(field), decision
 
@@ -747,17 +735,3 @@ class _Whole:
         tokens = {"logprobs": None} if "logprobs" in self._kept else {}
         ending = {"finish_reason": "content_filter", "tidegate": field}
         return self._form.whole({**kept, **tokens, **ending}, self._form.saying(message))
-
-
-def _as_found(decision: Decision, text: str) -> Decision:
-    """REDACT is BLOCK where what was found stands in another text of the turn, such as its reasoning."""
-    if decision.action is Action.REDACT and not mask(text)[1]:
-        return replace(decision, action=Action.BLOCK, interventions=())
-    return decision
-
-
-def _whole_ending(policy: Policy, decision: Decision) -> InterventionKind:
-    """How a whole answer is blocked: with the message in its place, unless the policy says to cut."""
-    word = policy.intervention_for(decision.rule)
-    word = policy.rollback.then if word == "rollback" else word
-    return InterventionKind.CUT if word == "cut" else InterventionKind.REPLACE

@@ -11,10 +11,32 @@ from tidegate.gateway.schemas import mended, worst_decision
 from tidegate.guards.base import StreamGuard, judges_together
 from tidegate.guards.session import assistant_turn
 from tidegate.moderate import Retry, StreamModerator, moderate
+from tidegate.personal import mask
 from tidegate.policy import UNJUDGED_ANSWER, Policy, decide
-from tidegate.types import Action, Channel, Conversation, Coverage, CoverageState, Decision, Scope
+from tidegate.types import (
+    Action,
+    Channel,
+    Conversation,
+    Coverage,
+    CoverageState,
+    Decision,
+    Intervention,
+    InterventionKind,
+    Scope,
+    Target,
+)
 
-__all__ = ["BLOCKS", "Judging", "KeepAnswer", "TextChannel", "judge_text"]
+__all__ = [
+    "BLOCKS",
+    "Judging",
+    "KeepAnswer",
+    "TextChannel",
+    "as_found",
+    "due_of",
+    "judge_text",
+    "of_stream",
+    "of_whole",
+]
 
 KeepAnswer = Callable[[Decision, Conversation], Awaitable[str | None]]
 """Keeps the decision on one choice, with the conversation that ends with it; returns its id when it has one."""
@@ -61,6 +83,12 @@ class Judging:
         """The same for one choice: with the prompt that it answers."""
         place = index // self.each
         return replace(self, prompt=self.prompts[place], prompts=()) if place < len(self.prompts) else self
+
+    @property
+    def masks(self) -> bool:
+        """Whether personal data may be taken out of the answer."""
+        rules = self.policy.for_scope(self.scope, Target.RESPONSE)
+        return rules.masks and not rules.quiet
 
     @property
     def passing(self) -> bool:
@@ -249,3 +277,42 @@ async def judge_text(
         timeout_s=judging.timeout_s,
         coverage=(Coverage(path, kind, CoverageState.JUDGED, len(text)),),
     )
+
+
+# --- the decision on an answer whose texts were decided one by one ------------------------------------------------
+
+
+def due_of(channels: Iterable[TextChannel]) -> float | None:
+    """In how many seconds some of these are late if nothing comes before, at least 0; None for never."""
+    return min((due for channel in channels if (due := channel.moderator.due_s) is not None), default=None)
+
+
+def of_stream(decided: Sequence[Decision], number: int, coverage: Iterable[Coverage]) -> Decision:
+    """The decision on a stream: the one of this number, with what was done about every text."""
+    others = (one for place, one in enumerate(decided) if place != number)
+    done = (*(one for other in others for one in other.interventions), *decided[number].interventions)
+    leaked = sum(one.leaked for one in decided)
+    return replace(decided[number], coverage=tuple(coverage), interventions=done, leaked=leaked)
+
+
+def as_found(decision: Decision, text: str) -> Decision:
+    """REDACT is BLOCK where what was found stands in another text of the turn, such as its reasoning."""
+    if decision.action is Action.REDACT and not mask(text)[1]:
+        return replace(decision, action=Action.BLOCK, interventions=())
+    return decision
+
+
+def of_whole(
+    policy: Policy, decided: Sequence[Decision], number: int, coverage: Iterable[Coverage], characters: int
+) -> Decision:
+    """The decision on a whole answer: the one of this number, with what was done about every text.
+
+    A blocked one is replaced by the message, unless the policy says to cut; ``characters`` is how many it had.
+    """
+    decision = replace(decided[number], coverage=tuple(coverage))
+    if decision.action < BLOCKS:
+        return replace(decision, interventions=tuple(one for each in decided for one in each.interventions))
+    word = policy.intervention_for(decision.rule)
+    word = policy.rollback.then if word == "rollback" else word
+    kind = InterventionKind.CUT if word == "cut" else InterventionKind.REPLACE
+    return replace(decision, interventions=(Intervention(kind, "done", 1, characters),))

@@ -30,14 +30,18 @@ __all__ = [
     "Slot",
     "Text",
     "called",
+    "carries_text",
     "finish_reason_of",
+    "identity",
     "is_place",
+    "numbers",
     "path_of",
     "put",
     "reasoning_of",
     "take_apart",
     "turn_of",
     "without_text",
+    "word",
 ]
 
 Slot = tuple[str | int, ...]
@@ -112,17 +116,17 @@ class Parts:
 
     def unknown(self, name: str, value: Any, kept: dict[str, Any], prefix: str = "") -> None:
         """Take a field that we do not know: it passes where it can tell nothing, or where the policy lets it."""
-        plain = is_name(name) and not _carries_text(value)
+        plain = is_name(name) and not carries_text(value)
         if not plain:
             self.drop(name, value, prefix)
         if plain or (self.passing and name != OUR_FIELD):
             kept[name] = value
 
 
-def _carries_text(value: Any) -> bool:
+def carries_text(value: Any) -> bool:
     """Whether a value could tell text: strings do, and so do arrays, which may be token ids, and long names."""
     if isinstance(value, dict):
-        return any(not is_name(name) or _carries_text(inner) for name, inner in value.items())
+        return any(not is_name(name) or carries_text(inner) for name, inner in value.items())
     return isinstance(value, str | list) and bool(value)
 
 
@@ -162,7 +166,7 @@ def _number(value: Any, drop: Drop) -> Any:
     return _passes(value, drop, value is None or isinstance(value, int | float))
 
 
-def _numbers(value: Any, drop: Drop) -> Any:
+def numbers(value: Any, drop: Drop) -> Any:
     """A number, or an object of such; what else is in it is left out."""
     if not isinstance(value, dict):
         return _number(value, drop)
@@ -170,18 +174,18 @@ def _numbers(value: Any, drop: Drop) -> Any:
     for name, inner in value.items():
         if not is_name(name):
             drop([name, inner])
-        elif (number := _numbers(inner, drop)) is not GONE:
+        elif (number := numbers(inner, drop)) is not GONE:
             kept[name] = number
     return kept
 
 
-def _word(value: Any, drop: Drop) -> Any:
+def word(value: Any, drop: Drop) -> Any:
     """A word for programs, as ``chat.completion``; in lower case, because some upstreams shout."""
-    word = value.lower() if isinstance(value, str) else value
-    return _passes(word, drop, not word or (isinstance(word, str) and _WORD.fullmatch(word) is not None))
+    found = value.lower() if isinstance(value, str) else value
+    return _passes(found, drop, not found or (isinstance(found, str) and _WORD.fullmatch(found) is not None))
 
 
-def _identity(prefix: str) -> Check:
+def identity(prefix: str) -> Check:
     """An identity of the upstream's; another, always the same one, stands in for what could be a sentence."""
 
     def check(value: Any, drop: Drop) -> Any:
@@ -196,27 +200,27 @@ def _identity(prefix: str) -> Check:
 
 
 TOP_FIELDS: Final[Mapping[str, Check]] = {
-    "id": _identity("chatcmpl-"),
-    "object": _word,
+    "id": identity("chatcmpl-"),
+    "object": word,
     "created": _number,
-    "model": _identity("model-"),
-    "system_fingerprint": _identity("fp_"),
-    "service_tier": _word,
-    "usage": _numbers,
+    "model": identity("model-"),
+    "system_fingerprint": identity("fp_"),
+    "service_tier": word,
+    "usage": numbers,
 }
 MODEL_FIELDS: Final[Mapping[str, Check]] = {
-    "id": _identity("model-"),
-    "object": _word,
-    "type": _word,
+    "id": identity("model-"),
+    "object": word,
+    "type": word,
     "created": _number,
-    "owned_by": _identity("owner-"),
-    "root": _identity("model-"),
-    "parent": _identity("model-"),
-    "first_id": _identity("model-"),
-    "last_id": _identity("model-"),
+    "owned_by": identity("owner-"),
+    "root": identity("model-"),
+    "parent": identity("model-"),
+    "first_id": identity("model-"),
+    "last_id": identity("model-"),
 }
-CHOICE_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "finish_reason": _word}
-_CALL_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "id": _identity("call_"), "type": _word}
+CHOICE_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "finish_reason": word}
+_CALL_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "id": identity("call_"), "type": word}
 
 
 def without_text(
@@ -239,9 +243,9 @@ def without_text(
 def finish_reason_of(choice: Mapping[str, Any], parts: Parts) -> str | None:
     """Why a choice has ended, None when it has not; ``stop`` stands in for what could be a sentence."""
     value = choice.get("finish_reason")
-    word = _word(value, partial(parts.drop, "finish_reason"))
-    if isinstance(word, str):
-        return word or None
+    reason = word(value, partial(parts.drop, "finish_reason"))
+    if isinstance(reason, str):
+        return reason or None
     return "stop" if isinstance(value, str) else None
 
 

@@ -25,7 +25,8 @@ from tidegate.gateway.statuses import Problem
 __all__ = ["KeyHeader", "Upstream", "UpstreamAnswer", "base_of"]
 
 KeyHeader = Literal["authorization", "x-api-key"]
-"""The header that shows an upstream its key: OpenAI's, or Anthropic's."""
+"""The header that shows an upstream its key: OpenAI's, or Anthropic's, beside which OpenAI's is sent too: servers that
+speak both ways, as vLLM, look for it there."""
 
 _KEY_HEADERS: Final[tuple[KeyHeader, ...]] = ("authorization", "x-api-key")
 _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
@@ -269,7 +270,9 @@ class Upstream:
         if self._key:
             for name in _KEY_HEADERS:
                 sent.pop(name, None)
-            sent[key_header] = f"Bearer {self._key}" if key_header == "authorization" else self._key
+            sent["authorization"] = f"Bearer {self._key}"
+            if key_header == "x-api-key":
+                sent[key_header] = self._key
         with _translated():
             response = await self._client.request(
                 method, f"{self._base}{path}", data=body, headers=sent, allow_redirects=False

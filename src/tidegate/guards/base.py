@@ -6,11 +6,22 @@ choice of an answer) that arrives in pieces. A guard that cannot judge raises a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from tidegate.types import Channel, Conversation, TokenVerdict, Verdict
 
-__all__ = ["AdaptableGuard", "Guard", "Session", "StreamGuard", "TogetherGuard", "judges_together"]
+__all__ = [
+    "AdaptableGuard",
+    "Guard",
+    "IdGuard",
+    "IdSession",
+    "IdText",
+    "Session",
+    "StreamGuard",
+    "TogetherGuard",
+    "judges_together",
+]
 
 
 class Session(Protocol):
@@ -87,6 +98,50 @@ class StreamGuard(Guard, Protocol):
         Raises:
             InputError: for a channel in which no assistant writes.
             GuardOverloaded: when no more sessions can be opened now.
+        """
+        ...
+
+
+class IdSession(Session, Protocol):
+    """A session that also takes the ids of a model whose tokenizer is the guard's; nothing is then held back."""
+
+    async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
+        """Take more tokens; return the verdict of each. A session is given either text or ids.
+
+        Raises:
+            InputError: when an id stands for no text, or text was fed before; the session is then closed.
+            SessionClosed: after ``finish`` or ``close``.
+            GuardError: when the guard cannot judge; the session is then closed.
+        """
+        ...
+
+
+class IdText(Protocol):
+    """The text that the ids of one stream are."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The characters that these ids complete, as the spans of a session count them.
+
+        Raises:
+            InputError: when an id stands for no text; says which.
+        """
+        ...
+
+
+@runtime_checkable
+class IdGuard(StreamGuard, Protocol):
+    """A guard whose sessions may be `IdSession`."""
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether they are."""
+        ...
+
+    async def id_text(self) -> IdText:
+        """Begin to read the ids of one stream.
+
+        Raises:
+            GuardError: when the guard cannot say what they are.
         """
         ...
 

@@ -34,12 +34,13 @@ would have been, as far as the stream went. A policy has layers; here always tho
 from __future__ import annotations
 
 from tidegate.moderate.checking import check
-from tidegate.moderate.stream import Again, Retry, Step, StreamModerator, ending_of, moderate_stream
+from tidegate.moderate.stream import Again, Masked, Retry, Step, StreamModerator, ending_of, moderate_stream
 from tidegate.moderate.whole import Keep, failure_of, moderate, surely
 
 __all__ = [
     "Again",
     "Keep",
+    "Masked",
     "Retry",
     "Step",
     "StreamModerator",

@@ -47,6 +47,10 @@ class _Call(NamedTuple):
 class Debounce:
     """Takes the tokens of a text one by one.
 
+    Args:
+        rules: say what each token calls for.
+        masks: whether personal data can be taken out; else what calls for that is a stop.
+
     Attributes:
         worst: the worst confirmed so far; None when nothing is.
         mild: the worst of those that stop nothing; None when there is none.
@@ -55,19 +59,25 @@ class Debounce:
         masking: whether personal data is being taken out, so that more of it stops nothing.
     """
 
-    def __init__(self, rules: ScopedPolicy) -> None:
+    def __init__(self, rules: ScopedPolicy, *, masks: bool = True) -> None:
         self.worst: Finding | None = None
         self.mild: Finding | None = None
         self.pending_from: int | None = None
         self.masking = False
         self.masked_from: int | None = None
         self._rules = rules
+        self._masks = masks
         self._length = rules.policy.debounce
         self._run: deque[_Call] = deque(maxlen=self._length)
 
+    def call(self, token: TokenVerdict) -> tuple[Action, bool]:
+        """What this token alone calls for, and whether it is enough to take personal data out."""
+        action, redacts = self._rules.call(token)
+        return action, redacts and self._masks
+
     def note(self, token: TokenVerdict, *, most: Action = Action.BLOCK) -> Outcome:
         """Take the next token; it calls for nothing worse than ``most``."""
-        action, redacts = self._rules.call(token)
+        action, redacts = self.call(token)
         action = min(action, most)
         if action is Action.ALLOW:
             self._calm(token)
@@ -83,7 +93,7 @@ class Debounce:
 
     def note_end(self, token: TokenVerdict) -> Outcome:
         """Take the verdict on the complete text: it confirms or clears the token before it."""
-        action, redacts = self._rules.call(token)
+        action, redacts = self.call(token)
         if self._length == 1 or action is Action.ALLOW or (self.worst is None and not self._run):
             outcome = self.note(token)
             return self.complete() if outcome is Outcome.GO_ON else outcome

@@ -9,12 +9,12 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple, cast
 
-from tidegate.errors import GuardTimeout, SessionClosed, UnreadableVerdict
-from tidegate.guards.base import Session, StreamGuard
+from tidegate.errors import GuardTimeout, InputError, SessionClosed, UnreadableVerdict
+from tidegate.guards.base import IdGuard, IdSession, IdText, Session, StreamGuard
 from tidegate.guards.rejudged import token_verdict
 from tidegate.guards.second import SecondGuard, second_of
 from tidegate.guards.session import assistant_turn, check_written
@@ -42,7 +42,7 @@ from tidegate.types import (
     Verdict,
 )
 
-__all__ = ["Again", "Retry", "Step", "StreamModerator", "ending_of", "moderate_stream"]
+__all__ = ["Again", "Masked", "Retry", "Step", "StreamModerator", "ending_of", "moderate_stream"]
 
 PATIENCE: Final = 200
 """Characters behind a confirmed run within which personal data must begin; else there is nothing to take out."""
@@ -67,6 +67,13 @@ Again = Callable[[Retry], AsyncIterable[str]]
 """Gives what follows the prefix, written anew; fails with any exception where the upstream does."""
 
 
+class Masked(NamedTuple):
+    """A mask in a text: from which of its characters on, and what stands there, as long as what it covers."""
+
+    start: int
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one piece of text led to.
@@ -77,12 +84,14 @@ class Step:
         tokens: the tokens judged for good in this step, in order; on a BLOCK, up to the one that confirmed it.
         decision: set when the stream has ended, by BLOCK in its middle or by ``finish``; else None.
         retry: set when the text was rolled back, and what comes next is to be what follows its prefix; else None.
+        masks: the masks in what was released, in order, counted from the beginning of the text.
     """
 
     released: str
     tokens: tuple[TokenVerdict, ...] = ()
     decision: Decision | None = None
     retry: Retry | None = None
+    masks: tuple[Masked, ...] = ()
 
 
 class StreamModerator:
@@ -100,6 +109,8 @@ class StreamModerator:
         timeout_s: seconds that the guard may take for each step, greater than 0; None for as long as it wants.
         second: confirms alarms where the policy says so; None for the one that the guard brings along, if any.
         retries: whether somebody can ask the upstream to go on from a `Retry`; else nothing is rolled back.
+        masks: whether what is released can differ from what came in; else the text is stopped where personal data would
+            be taken out.
         clock: seconds, from any beginning.
 
     Raises:
@@ -127,6 +138,7 @@ class StreamModerator:
         timeout_s: float | None = None,
         second: SecondGuard | None = None,
         retries: bool = False,
+        masks: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_written(channel)
@@ -146,33 +158,37 @@ class StreamModerator:
         self._hold = here.hold
         self._aside = self._hold.mode == "release_first" or self._hold.delay_ms is not None
         self._rollback = here.rollback if retries and here.may_roll_back and not self._rules.quiet else None
-        self._watching = None if self._rules.observing is None else Debounce(self._rules.observing)
+        self._masks = masks
+        self._watching = None if self._rules.observing is None else Debounce(self._rules.observing, masks=masks)
         self._watching_stopped = False
         self._failure: GuardFailure | None = None
         self._delays = Delays(clock)
         self._confirmed: Verdict | None = None
         self._questions: Counter[str] = Counter()
         self._overruled_characters = 0
-        self._masked: list[int] = []
+        self._masked: list[Masked] = []
+        self._told = 0
         self._tries = 0
         self._thrown = [0, 0]
         self._rolled_back: Decision | None = None
         self._gave_up = False
         self._first = 0
+        self._ids: IdText | None = None
         self._ended = False
         self._begin("")
 
     def _begin(self, text: str) -> None:
         """Nothing of the text was judged yet; what of it has left stays."""
         self._session: Session | None = None
-        self._debounce = Debounce(self._rules)
+        self._debounce = Debounce(self._rules, masks=self._masks)
         self._texts = [text] if text else []
         self._new = [text] if text else []
+        self._new_ids: list[int] = []
         self._held = ""
         self.fed = len(text)
         self.judged = 0
         self._stopped = False
-        self._finder = Finder() if self._rules.masks and not self._rules.quiet else None
+        self._finder = Finder() if self._masks and self._rules.masks and not self._rules.quiet else None
         self._found: deque[Found] = deque()
         self._calm_start = 0
         self._mask_after: int | None = None
@@ -195,9 +211,24 @@ class StreamModerator:
         return "".join(self._texts)
 
     @property
+    def left(self) -> str:
+        """All the text that was released, as it was."""
+        parts: list[str] = []
+        end = 0
+        for start, text in self._masked:
+            parts += (self.text[end:start], text)
+            end = start + len(text)
+        return "".join((*parts, self.text[end : self.released]))
+
+    @property
     def held(self) -> int:
         """How many characters are held now."""
         return len(self._held)
+
+    @property
+    def failure(self) -> GuardFailure | None:
+        """Why the guard says nothing any more; None while it judges."""
+        return self._failure
 
     @property
     def rolled_back(self) -> bool:
@@ -250,14 +281,45 @@ class StreamModerator:
         if self._ended:
             raise SessionClosed("the stream has ended")
         if text:
-            self._texts.append(text)
             self._new.append(text)
-            self._held += text
-            self.fed += len(text)
-            self._delays.arrive(self.fed, self._settled)
-            if self._finder is not None:
-                self._found.extend(self._finder.feed(text))
+            self._arrive(text)
         return await self._step(ends=False)
+
+    async def feed_ids(self, ids: Sequence[int]) -> Step:
+        """Take more tokens of a model that shares the guard's tokenizer, as ids; say what may leave.
+
+        The text is what the ids are when decoded. A stream is given either text or ids.
+
+        Raises:
+            InputError: when the guard takes no ids, or one of them stands for no text; the stream goes on without them.
+            SessionClosed: after the stream ended.
+        """
+        guard = self._guard
+        if not isinstance(guard, IdGuard) or not guard.takes_ids:
+            raise InputError(f"the guard {guard.name} takes no ids", where="ids")
+        if self._ended:
+            raise SessionClosed("the stream has ended")
+        if self._ids is None and self._failure is None:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    self._ids = await guard.id_text()
+            except Exception as error:  # that the guard cannot read them is its failure, and must be decided too
+                self._fail(failure_of(error, guard.name))
+        if self._ids is not None and ids:
+            text = self._ids.decode(ids)
+            self._new_ids += ids
+            self._arrive(text)
+        return await self._step(ends=False)
+
+    def _arrive(self, text: str) -> None:
+        if not text:
+            return
+        self._texts.append(text)
+        self._held += text
+        self.fed += len(text)
+        self._delays.arrive(self.fed, self._settled)
+        if self._finder is not None:
+            self._found.extend(self._finder.feed(text))
 
     async def finish(self) -> Step:
         """The text is complete: judge what remains, and decide. The step has the decision, or a retry.
@@ -323,7 +385,7 @@ class StreamModerator:
     # judging
 
     async def _step(self, *, ends: bool) -> Step:
-        if self._failure is None and (self._new or self.fed):
+        if self._failure is None and (self._new or self._new_ids or self.fed):
             if self._aside:
                 await self._judge_aside(ends=ends)
             else:
@@ -360,7 +422,7 @@ class StreamModerator:
 
     async def _pump(self) -> None:
         while not self._stopped and self._failure is None:
-            if self._new:
+            if self._new or self._new_ids:
                 await self._judge(ends=False)
             else:
                 if self._wants_end:
@@ -370,13 +432,17 @@ class StreamModerator:
 
     async def _judge(self, *, ends: bool) -> None:
         """Ask the guard, and take what it says, up to the token that stops the stream."""
-        text = "".join(self._new)
+        text, ids = "".join(self._new), tuple(self._new_ids)
         self._new.clear()
+        self._new_ids.clear()
         try:
             async with asyncio.timeout(self._timeout_s):
                 if self._session is None:
                     self._session = self._guard.open(self._context, self.channel, **self._before)
-                tokens = await self._session.feed(text) if text or not ends else ()
+                if ids:
+                    tokens = await cast(IdSession, self._session).feed_ids(ids)
+                else:
+                    tokens = await self._session.feed(text) if text or not ends else ()
                 if ends:
                     tokens += await self._session.finish()
         except Exception as error:  # whatever goes wrong inside a guard is the third outcome, and must be decided too
@@ -408,7 +474,7 @@ class StreamModerator:
         if token.span.end > self.released:
             self._unreleased.append(token.span)
         self._warm(token)
-        action, redacts = self._rules.call(token)
+        action, redacts = self._debounce.call(token)
         if action < STOPS:
             if self._mask_after is None and token.span.end > token.span.start:
                 self._calm_start = token.span.start
@@ -525,16 +591,20 @@ class StreamModerator:
         bound = self._bound(stopped=stopped, ends=ends)
         released = self._release(bound if again is None else min(bound, self._buffered(1)))
         tokens, self._fresh = tuple(self._fresh), []
+        masks, self._told = tuple(self._masked[self._told :]), len(self._masked)
         if again is not None:
-            return Step(released, tokens, None, self._roll_back(again))
+            return Step(released, tokens, None, self._roll_back(again), masks)
         if stopped or ends:
             self._end()
-        return Step(released, tokens, self.decision)
+        return Step(released, tokens, self.decision, None, masks)
 
     def _bound(self, *, stopped: bool, ends: bool) -> int:
         """How many characters may leave, counted from the beginning of the text."""
         if self._failure is not None:
-            return self.released if stopped else self.fed
+            if stopped:
+                return self.released
+            masking = self._mask_after is not None and not ends
+            return min(self.fed, self._finder.settled) if masking and self._finder is not None else self.fed
         safe = self._safe(stopped=stopped, ends=ends)
         hot = self._hot_from is not None or self._mask_after is not None
         if self._hold.mode == "release_first" and not stopped and not hot:
@@ -601,9 +671,10 @@ class StreamModerator:
             if one.end <= (self._mask_after or 0) or one.start >= bound or one.end <= begin:
                 continue
             start, stop = max(one.start, begin), min(one.end, bound)
-            self._masked.append(stop - start)
+            mask = one.mask[start - one.start : stop - one.start]
+            self._masked.append(Masked(start, mask))
             yield text[end - begin : start - begin]
-            yield one.mask[start - one.start : stop - one.start]
+            yield mask
             end = stop
         yield text[end - begin :]
 
@@ -683,7 +754,8 @@ class StreamModerator:
             )
             yield Intervention(InterventionKind.ROLLBACK, outcome, self._tries, *self._thrown)
         if self._masked:
-            yield Intervention(InterventionKind.REDACT, "done", len(self._masked), sum(self._masked))
+            characters = sum(len(one.text) for one in self._masked)
+            yield Intervention(InterventionKind.REDACT, "done", len(self._masked), characters)
         if decision.action >= Action.BLOCK:
             word = self._rules.policy.intervention_for(decision.rule)
             if word == "rollback":

@@ -271,6 +271,12 @@ class Policy:
         object.__setattr__(laid, "version", self.version)
         return laid
 
+    def only_observed(self) -> Policy:
+        """The same, only observed: for who wants to know what is said, and does nothing. Its version is the same."""
+        other = replace(self, observe=True, layers=tuple(replace(layer, observe=None) for layer in self.layers))
+        object.__setattr__(other, "version", self.version)
+        return other
+
     def for_scope(self, scope: Scope, target: Target) -> ScopedPolicy:
         """The part of this policy that concerns a scope and target, compiled; computed once for each pair.
 

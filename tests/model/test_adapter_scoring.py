@@ -105,14 +105,14 @@ def test_what_prompts_begin_with_is_not_that_of_another_adapter(
     fresh, used = GenModel.load(str(gen_folder()), adapters=folders), GenModel.load(str(gen_folder()), adapters=folders)
     score(used, rows, [first] * len(rows))
     assert score(used, rows, [then] * len(rows)) == score(fresh, rows, [then] * len(rows))
-    used_layers = used._prefix(ABOUT_PROMPT, then).layers
+    used_layers = used._prefix(ABOUT_PROMPT, then).cache.layers
     for (keys, values), (other_keys, other_values) in zip(
-        used_layers, fresh._prefix(ABOUT_PROMPT, then).layers, strict=True
+        used_layers, fresh._prefix(ABOUT_PROMPT, then).cache.layers, strict=True
     ):
         assert torch.equal(keys, other_keys)
         assert torch.equal(values, other_values)
     if then is not None:
-        assert not torch.equal(used_layers[-1][0], plain._prefix(ABOUT_PROMPT, None).layers[-1][0])
+        assert not torch.equal(used_layers[-1][0], plain._prefix(ABOUT_PROMPT, None).cache.layers[-1][0])
 
 
 def test_a_beginning_is_computed_once_with_each_adapter(model: GenModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,9 +121,9 @@ def test_a_beginning_is_computed_once_with_each_adapter(model: GenModel, monkeyp
     runs: list[tuple[list[str | None], int]] = []
     run = fresh._run
 
-    def noted(columns: Any, ids: Any, positions: Any, mask: Any) -> Any:
-        runs.append((columns.adapters, positions.shape[1]))
-        return run(columns, ids, positions, mask)
+    def noted(new: Any, wanted: Any) -> Any:
+        runs.append(([each.adapter for each in new], max(len(each.ids) for each in new)))
+        return run(new, wanted)
 
     monkeypatch.setattr(fresh, "_run", noted)
     rows = ABOUT[ABOUT_PROMPT][:3]

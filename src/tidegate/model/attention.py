@@ -24,6 +24,10 @@ _MOST_ROWS = 8
 """Up to so many rows for a key head our kernel is the faster one."""
 
 
+_LEAST_PRODUCT, _MOST_PRODUCT = 2**12, 2**20
+"""How many scores a key head has where products of oneDNN in bfloat16 are taken: twice as fast as the blocks of
+``scaled_dot_product_attention``, but all scores must be held at once."""
+
 _ALONE = 512
 """Fewer keys than this, over all texts and key heads, are not worth a second thread."""
 
@@ -51,6 +55,8 @@ class _Part(NamedTuple):
     """What is added to its scores, ``[group * new, positions]``; None when nothing is hidden, or plainly causal."""
     causal: bool
     """All its positions are new."""
+    products: bool
+    """Scores and sums are two products of matrices, the scores rounded to the type of the model."""
 
 
 class Attention:
@@ -62,6 +68,8 @@ class Attention:
         kv_heads: key heads.
         dtype, device: of queries and cache.
         fast: whether the kernel of our own is used where there is one; else PyTorch alone.
+        trees: for each text, boolean ``[new, new]``, which of the new positions each one sees; None, or None for a
+            text, for itself and those before it.
     """
 
     def __init__(
@@ -73,17 +81,18 @@ class Attention:
         dtype: torch.dtype,
         device: torch.device,
         fast: bool = True,
+        trees: Sequence[Tensor | None] | None = None,
     ) -> None:
         self._heads, self._kv_heads, self._group = heads, kv_heads, heads // kv_heads
         self._dtype, self._device = dtype, device
         few = self._group * max(1, _MOST_ROWS // self._group)
         self._kernel = kernel() if fast and device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) else None
         batch, self._parts, row = [], [], 0
-        for span in spans:
-            if self._kernel is not None and self._group * span.new <= few:
+        for span, tree in zip(spans, trees or [None] * len(spans), strict=True):
+            if self._kernel is not None and tree is None and self._group * span.new <= few:
                 batch.append((row, span.new, span.start, span.cached))
             else:
-                self._parts.append(self._part(span, row))
+                self._parts.append(self._part(span, row, tree))
             row += span.new
         self._batch = self._kernel.batch(batch, self._threads(spans)) if self._kernel is not None and batch else None
 
@@ -110,14 +119,22 @@ class Attention:
         few = self._kv_heads * sum(span.cached + span.new for span in spans) < _ALONE
         return 1 if few else torch.get_num_threads()
 
-    def _part(self, span: Span, row: int) -> _Part:
-        """A new position sees all cached ones, the new ones before it and itself."""
+    def _part(self, span: Span, row: int, tree: Tensor | None) -> _Part:
+        """A new position sees all cached ones, and of the new ones those that the tree says, or those before it."""
         region = slice(span.start, span.stop)
+        causal = span.new > 1 and not span.cached and tree is None
         mask = None
-        if span.new > 1 and span.cached:
-            mask = torch.full((span.new, span.cached + span.new), -torch.inf, dtype=self._dtype, device=self._device)
-            mask = mask.triu_(span.cached + 1).repeat(self._group, 1)
-        return _Part(slice(row, row + span.new), region, mask, causal=span.new > 1 and not span.cached)
+        if tree is not None or (span.new > 1 and span.cached):
+            mask = torch.zeros((span.new, span.cached + span.new), dtype=self._dtype, device=self._device)
+            seen = mask.new_ones((span.new, span.new), dtype=torch.bool).tril_() if tree is None else tree
+            mask[:, span.cached :].masked_fill_(~seen.to(self._device), -torch.inf)
+            mask = mask.repeat(self._group, 1)
+        products = (
+            mask is not None
+            and (self._device.type, self._dtype) == ("cpu", torch.bfloat16)
+            and _LEAST_PRODUCT <= mask.numel() <= _MOST_PRODUCT
+        )
+        return _Part(slice(row, row + span.new), region, mask, causal, products)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> Tensor:
         if part.causal:
@@ -127,7 +144,11 @@ class Attention:
         new = len(query)
         query = query.reshape(new, self._kv_heads, self._group, -1).permute(1, 2, 0, 3)
         rows = query.reshape(1, self._kv_heads, self._group * new, -1)
-        mixed = F.scaled_dot_product_attention(rows, keys, values, attn_mask=part.mask)
+        if part.products and part.mask is not None:
+            scores = torch.baddbmm(part.mask, rows[0], keys[0].transpose(1, 2), alpha=query.shape[-1] ** -0.5)
+            mixed = torch.bmm(scores.softmax(-1), values[0])
+        else:
+            mixed = F.scaled_dot_product_attention(rows, keys, values, attn_mask=part.mask)
         return mixed.view(self._kv_heads, self._group, new, -1).permute(2, 0, 1, 3).reshape(new, self._heads, -1)
 
 

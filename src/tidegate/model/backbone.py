@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
 
 from tidegate.model.layout import Projection, lay_out
-from tidegate.model.stream import Qwen3ForGuardModel
 
 __all__ = ["Attend", "Backbone"]
 
@@ -43,10 +43,11 @@ class Backbone:
     """The layers of a model, which are laid out anew for it (`tidegate.model.layout.lay_out`).
 
     Args:
-        model: on its device and in its dtype; must not be changed while this is used.
+        model: with a Qwen3 backbone in ``model``, on its device and in its dtype; must not be changed while this is
+            used.
     """
 
-    def __init__(self, model: Qwen3ForGuardModel) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         lay_out(model)
         config = model.config
         self._embeddings, self._rotary = model.model.embed_tokens, model.model.rotary_emb
@@ -56,29 +57,33 @@ class Backbone:
         self._head_dim: int = config.head_dim
         self._layers = [self._layer(layer) for layer in model.model.layers]
 
-    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
         """Hidden states before the final norm.
 
         Args:
             ids: int64 ``[rows]``.
             positions: of each row in its text, int64 ``[rows]``.
             attend: called once for each layer, in order.
+            wanted: int64, the rows whose hidden states are asked for; None for all. Of others the last layer computes
+                keys and values alone.
 
         Returns:
-            ``[rows, hidden]``.
+            ``[rows, hidden]``, those that are wanted.
         """
         hidden = self._embeddings(ids)
         cos, sin = self._rotary(hidden[None], positions[None])
         cos, sin = cos[0].unsqueeze(1), _half_negated(sin[0]).unsqueeze(1)
-        rows, both = len(ids), self._heads + self._kv_heads
+        rows, both, last = len(ids), self._heads + self._kv_heads, len(self._layers) - 1
         for number, layer in enumerate(self._layers):
             normed = F.rms_norm(hidden, hidden.shape[-1:], layer.input_norm, self._eps)
             heads = layer.qkv(normed).view(rows, -1, self._head_dim)
             query, key = self._rotated(heads[:, :both], layer.head_norms, cos, sin).split(
                 (self._heads, self._kv_heads), 1
             )
-            mixed = attend(number, query, key, heads[:, both:])
-            hidden = hidden + layer.output(mixed.reshape(rows, -1))
+            mixed = attend(number, query, key, heads[:, both:]).reshape(rows, -1)
+            if wanted is not None and number == last:
+                mixed, hidden = mixed[wanted], hidden[wanted]
+            hidden = hidden + layer.output(mixed)
             normed = F.rms_norm(hidden, hidden.shape[-1:], layer.post_norm, self._eps)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
             hidden = hidden + layer.down(layer.activation(gate) * up)

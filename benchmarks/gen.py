@@ -321,11 +321,11 @@ def options() -> argparse.Namespace:
 
 
 def write(folder: Path, chosen: argparse.Namespace) -> None:
-    """The random checkpoint, which answers all cases as they are named."""
+    """The random checkpoint, which answers the chosen cases as they are named."""
     print(f"random weights of the shape {chosen.shape}", file=sys.stderr, flush=True)
     wanted = [
         (c, ANSWERS[case.target, case.severity])
-        for case in cases(list(LENGTHS), list(Target))
+        for case in cases(chosen.lengths, chosen.targets)
         for c in case.conversations()
     ]
     write_checkpoint(folder, wanted, files=chosen.files, shape=chosen.shape)

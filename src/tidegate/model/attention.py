@@ -24,10 +24,6 @@ _MOST_ROWS = 8
 """Up to so many rows for a key head our kernel is the faster one."""
 
 
-_LEAST_PRODUCT, _MOST_PRODUCT = 2**12, 2**20
-"""How many scores a key head has where products of oneDNN in bfloat16 are taken: twice as fast as the blocks of
-``scaled_dot_product_attention``, but all scores must be held at once."""
-
 _ALONE = 512
 """Fewer keys than this, over all texts and key heads, are not worth a second thread."""
 
@@ -55,8 +51,6 @@ class _Part(NamedTuple):
     """What is added to its scores, ``[group * new, positions]``; None when nothing is hidden, or plainly causal."""
     causal: bool
     """All its positions are new."""
-    products: bool
-    """Scores and sums are two products of matrices, the scores rounded to the type of the model."""
 
 
 class Attention:
@@ -129,12 +123,7 @@ class Attention:
             seen = mask.new_ones((span.new, span.new), dtype=torch.bool).tril_() if tree is None else tree
             mask[:, span.cached :].masked_fill_(~seen.to(self._device), -torch.inf)
             mask = mask.repeat(self._group, 1)
-        products = (
-            mask is not None
-            and (self._device.type, self._dtype) == ("cpu", torch.bfloat16)
-            and _LEAST_PRODUCT <= mask.numel() <= _MOST_PRODUCT
-        )
-        return _Part(slice(row, row + span.new), region, mask, causal, products)
+        return _Part(slice(row, row + span.new), region, mask, causal)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> Tensor:
         if part.causal:
@@ -144,11 +133,7 @@ class Attention:
         new = len(query)
         query = query.reshape(new, self._kv_heads, self._group, -1).permute(1, 2, 0, 3)
         rows = query.reshape(1, self._kv_heads, self._group * new, -1)
-        if part.products and part.mask is not None:
-            scores = torch.baddbmm(part.mask, rows[0], keys[0].transpose(1, 2), alpha=query.shape[-1] ** -0.5)
-            mixed = torch.bmm(scores.softmax(-1), values[0])
-        else:
-            mixed = F.scaled_dot_product_attention(rows, keys, values, attn_mask=part.mask)
+        mixed = F.scaled_dot_product_attention(rows, keys, values, attn_mask=part.mask)
         return mixed.view(self._kv_heads, self._group, new, -1).permute(2, 0, 1, 3).reshape(new, self._heads, -1)
 
 

@@ -126,7 +126,6 @@ def _onednn(rows: int, outputs: int, inputs: int, threads: int) -> Product:
 
 
 def _onnxruntime(rows: int, outputs: int, inputs: int, threads: int) -> Product:
-    import onnx
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -161,8 +160,14 @@ def _onnxruntime(rows: int, outputs: int, inputs: int, threads: int) -> Product:
         binding = session.io_binding()
         binding.bind_input("digits", "cpu", 0, digits.dtype, digits.shape, digits.ctypes.data)
         binding.bind_output("made", "cpu", 0, made.dtype, made.shape, made.ctypes.data)
-        bindings.append((session, binding, digits))
-    return lambda turn: bindings[turn][0].run_with_iobinding(bindings[turn][1])
+        bindings.append((session, binding))
+
+    def product(turn: int) -> Any:
+        session, binding = bindings[turn]
+        session.run_with_iobinding(binding)
+        return digits, made  # bound by their addresses: they must live as long as this
+
+    return product
 
 
 KINDS: dict[str, Callable[[int, int, int, int], Product]] = {

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from adapter_folder import random_tensors, turned, turned_adapter, write_adapter  # noqa: E402
 from gen_folder import ABOUT_PROMPT, ABOUT_RESPONSE, REASONED, ToyRow, gen_folder, toy_rows  # noqa: E402
@@ -31,7 +32,7 @@ def slight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that moves probabilities, and no more."""
     folder = tmp_path_factory.mktemp("slight")
     targets = ["q_proj", "up_proj"]
-    tensors = random_tensors(GenModel.load(str(gen_folder()))._model, seed=1, targets=targets, size=0.05)
+    tensors = random_tensors(AutoModelForCausalLM.from_pretrained(gen_folder()), seed=1, targets=targets, size=0.05)
     return write_adapter(folder, tensors, target_modules=targets)
 
 

@@ -140,9 +140,7 @@ def test_a_new_position_sees_those_of_its_tree_alone(dtype: torch.dtype, cached:
         torch.randn(size, generator=generator).to(dtype)
         for size in ((new, 8, 16), (4, cached + new, 16), (4, cached + new, 16))
     )
-    attention = Attention(
-        [Span(0, cached, new)], heads=8, kv_heads=4, dtype=dtype, device=query.device, trees=[tree]
-    )
+    attention = Attention([Span(0, cached, new)], heads=8, kv_heads=4, dtype=dtype, device=query.device, trees=[tree])
     with torch.inference_mode():
         got = attention(query, keys, values)
     for number in range(new):

@@ -1,9 +1,9 @@
 """A Qwen3 backbone over the rows of one or many texts: every linear layer once over all of them.
 
 What the layers of transformers compute, in the same order of operations, with fewer of them: queries and keys of all
-heads are normed and rotated together, and the products are those of `tidegate.model.layout`. For few rows on a CPU, when
-Numba is there, what lies between the products is computed by `tidegate.model.rows_cpu`. Where keys and values are kept,
-and which of them a row sees, is up to the caller.
+heads are normed and rotated together, and the products are those of `tidegate.model.layout`. What lies between the
+products of few rows on a CPU is computed by `tidegate.model.rows_cpu`, where Numba is there. Where keys and values are
+kept, and which of them a row sees, is up to the caller.
 """
 
 from __future__ import annotations

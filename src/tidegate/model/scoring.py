@@ -6,9 +6,9 @@ decoding would say, token by token; where it leaves the tree it is followed one 
 form there is no verdict. The probability of a severity is that of its whole sequence of tokens.
 
 The fixed beginning of a prompt is computed once for each adapter. Prompts that are computed together, whatever their
-length and adapters, are rows of one matrix without padding (`tidegate.model.backbone`). Nothing of one reaches another,
-but a model may round differently in company (far below 1e-4 in float32, visibly in bfloat16). Of the last layer, only the
-positions are computed from which the answer is read.
+length and adapters, are rows of one matrix without padding (`tidegate.model.backbone`). Nothing of one reaches
+another, but a model may round differently in company (far below 1e-4 in float32, visibly in bfloat16). Of the last
+layer, only the positions are computed from which the answer is read.
 """
 
 from __future__ import annotations

@@ -246,11 +246,14 @@ class GenModel:
 
         ids = torch.tensor([token for each in new for token in each.ids])
         positions = torch.tensor([each.cache.length + depth for each in new for depth in each.depths])
-        rows = torch.tensor(wanted, dtype=torch.int64)
+        rows = torch.tensor(wanted, dtype=torch.int64).to(self._device)
+        alone = len({each.adapter for each in new}) == 1  # else an adapter must find its rows in the last layer too
         with self._adapters.on([each.adapter for each in new for _ in each.ids]):
             hidden = self._backbone.forward(
-                ids.to(self._device), positions.to(self._device), attend, rows.to(self._device)
+                ids.to(self._device), positions.to(self._device), attend, rows if alone else None
             )
+        if not alone:
+            hidden = hidden[rows]
         normed: Tensor = self._model.base_model.norm(hidden)
         return normed
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict
 from tidegate.model.adapters import Adapters
@@ -39,8 +39,6 @@ from tidegate.prompts import Form, Prompt
 
 __all__ = ["FLOOR", "GenModel", "Scores"]
 
-_CACHE: Final = "cache" if "cache" in signature(Qwen3Model.forward).parameters else "past_key_values"
-"""What transformers calls a cache: the first from 5.24 on."""
 _CHUNK: Final = 1024
 """Most positions of one prompt in one pass: a mask of more would be large."""
 _ROOM: Final = 128

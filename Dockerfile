@@ -1,7 +1,10 @@
 # The gateway in a container: no root, a read-only file system but for /var/lib/tidegate, nothing fetched at run time.
 #
 #   docker build -t tidegate .
-#   docker run -p 8080:8080 -e TIDEGATE_UPSTREAM_URL=http://llm:8000/v1 -v tidegate:/var/lib/tidegate tidegate
+#   docker run -p 8080:8080 -e TIDEGATE_AUTH=keys -e TIDEGATE_UPSTREAM_URL=http://llm:8000/v1 \
+#     -v tidegate:/var/lib/tidegate tidegate
+#
+# TIDEGATE_AUTH must be said, because it listens on every address: keys, or none behind an authentication of your own.
 
 ARG PYTHON=3.12
 

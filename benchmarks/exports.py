@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tidegate.engine.logits import Logits
 from tidegate.engine.onnx_runner import OnnxRunner
-from tidegate.engine.runner import Logits, Runner
+from tidegate.engine.runner import Runner
 from tidegate.engine.scheduler import Piece, Step
 from tidegate.engine.sequence import Sequence, Windows
 from tidegate.model.loading import load_stream

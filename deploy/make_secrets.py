@@ -1,8 +1,9 @@
-"""Make the secrets of compose.yaml in deploy/secrets: a password for PostgreSQL, and the key of the fingerprints.
+"""Make the secrets of compose.yaml in deploy/secrets: for PostgreSQL, fingerprints and the LLM.
 
     python deploy/make_secrets.py
 
-What is there already stays as it is. Back fingerprint_key up: without it, decisions are no longer found by subject.
+What is there already stays as it is. Write the LLM's key into upstream_key, where it wants one. Back fingerprint_key up:
+without it, decisions are no longer found by subject, and no key of a client is good.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> None:
     password = write("postgres_password", secrets.token_urlsafe(32))
     write("database_url", f"postgresql://tidegate:{password}@postgres/tidegate")
     write("fingerprint_key", secrets.token_hex(32))
+    write("upstream_key", "")
 
 
 if __name__ == "__main__":

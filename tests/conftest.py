@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from redis_server import RedisServer, redis_server
 from serving import Gateway, gateway_process, serving
 from tidegate.testing import FakeUpstream
 
@@ -64,3 +65,20 @@ def policy_file(tmp_path: Path) -> Path:
     path = tmp_path / "policy.yaml"
     path.write_text(Gateway.POLICY, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def _redis_server() -> Iterator[RedisServer | None]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture
+def redis(_redis_server: RedisServer | None) -> RedisServer:
+    """A real Redis that runs, and is empty; a test may kill it."""
+    if _redis_server is None:
+        pytest.skip("redis-server is not installed")
+    if not _redis_server.runs:
+        _redis_server.start()
+    _redis_server.flush()
+    return _redis_server

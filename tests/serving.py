@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import uvicorn
 
 from tidegate.gateway.app import HealthTexts, create_app
+from tidegate.gateway.draining import DrainingWebSockets
 from tidegate.policy import Policy, parse_policy
 from tidegate.testing import FakeStreamGuard
 from tidegate.types import Conversation, Decision
@@ -68,7 +69,8 @@ def serving(app: Any) -> Iterator[str]:
     """Serve an ASGI app on a free port in a thread; gives its address."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2, lifespan="on")
+    options: Any = {"ws": DrainingWebSockets, "timeout_graceful_shutdown": 2, "lifespan": "on"}
+    config = uvicorn.Config(app, log_level="critical", **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()

@@ -19,6 +19,8 @@ from typing import IO
 
 import pytest
 from typer.testing import CliRunner, Result
+from websockets.asyncio.client import connect
+from websockets.typing import Subprotocol
 
 import tidegate
 import tidegate.guards
@@ -327,6 +329,26 @@ def test_serve_with_demo_answers_people_and_programs_and_ends_on_a_signal(tmp_pa
             assert "apples" in json.load(answer)["choices"][0]["message"]["content"]
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
+
+
+async def test_serve_lets_live_streams_end_when_it_is_told_to_stop() -> None:
+    with started("serve", "--port", "0", "--database", "sqlite://", stdin=subprocess.DEVNULL) as process:
+        url = address(process.stderr, "OpenAI API").replace("http://", "ws://")
+        async with connect(f"{url}/live", subprotocols=[Subprotocol("tidegate.live.v1")]) as live:
+            assert json.loads(await live.recv())["type"] == "hello"
+            for frame in ({"type": "open"}, {"type": "text", "text": "Let the dough rest, "}):
+                await live.send(json.dumps({**frame, "stream": 1}))
+                await live.recv()
+            process.send_signal(signal.SIGTERM)
+            assert json.loads(await live.recv())["type"] == "going_away"
+            for frame in ({"type": "text", "text": "then bake it."}, {"type": "finish"}):
+                await live.send(json.dumps({**frame, "stream": 1}))
+            frames = [json.loads(frame) async for frame in live]
+            extensions, code = live.protocol.extensions, live.close_code
+        assert process.wait(timeout=60) == -signal.SIGTERM
+
+    assert (frames[-1]["reason"], frames[-1]["released"], code) == ("finished", 33, 1001)
+    assert extensions == []
 
 
 @pytest.mark.parametrize(("level", "logged"), [("info", True), ("error", False)])

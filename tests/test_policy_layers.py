@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.errors import PolicyError
-from tidegate.policy import FIELDS, Layer, OnGuardError, Policy, Rule, decide, load_policy, parse_policy
+from tidegate.policy import (
+    FIELDS,
+    UNJUDGED_ANSWER,
+    UNJUDGED_REQUEST,
+    Layer,
+    OnGuardError,
+    Policy,
+    Rule,
+    decide,
+    explain,
+    load_policy,
+    parse_policy,
+)
 from tidegate.types import (
     Action,
     Advice,
@@ -346,6 +358,21 @@ def test_a_policy_that_is_only_observed_enforces_nothing() -> None:
     assert failed.observed == Observed(Action.BLOCK, "on_guard_error")
 
 
+def test_a_policy_can_be_taken_as_only_observed_and_has_the_same_version() -> None:
+    chosen = policy(
+        "rules: [{name: stop, severity: unsafe, action: block}]\n"
+        "layers: {region: {DE: {observe: false, rules: [{name: german, severity: unsafe, action: review}]}}}"
+    )
+    watched = chosen.only_observed()
+
+    assert watched.version == watched.at(Scope(region="DE")).version == chosen.version
+    for scope, would_be in ((Scope(), "stop"), (Scope(region="DE"), "german")):
+        said = decide(watched, verdict(), scope)
+        assert (said.action, said.rule) == (Action.ALLOW, "observe")
+        assert said.observed is not None
+        assert said.observed.rule == would_be
+
+
 def test_a_scope_can_be_observed_while_the_rest_is_enforced() -> None:
     chosen = policy(
         "rules: [{name: stop, severity: unsafe, action: block}]\nlayers: {tenant: {new: {observe: true}}}",
@@ -418,6 +445,9 @@ def test_the_version_changes_with_whatever_a_layer_says() -> None:
         base + "deadline_ms: 100",
         base + "observe: true",
         base + "instructions: Be fair.",
+        base + "unjudged_request: refuse",
+        base + "unjudged_answer: pass",
+        base + "unjudged_answer: refuse",
         base.replace("block", "block, observe: true"),
         *(
             base + f"layers: {{{layer}}}"
@@ -437,6 +467,8 @@ def test_the_version_changes_with_whatever_a_layer_says() -> None:
                 "tenant: {a: {degraded: none}}",
                 "tenant: {a: {deadline_ms: 5}}",
                 "tenant: {a: {message: M}}",
+                "tenant: {a: {unjudged_request: pass}}",
+                "tenant: {a: {unjudged_answer: drop}}",
                 "tenant: {a: {instructions: I}}",
                 "tenant: {a: {controversial: safe}}",
             )
@@ -452,7 +484,9 @@ def test_the_order_of_layers_and_the_case_of_regions_do_not_change_the_version()
     one = policy("rules: []\nlayers: {region: {IN: {debounce: 3}, EU: {debounce: 4}}, tenant: {a: {debounce: 5}}}")
     two = policy("rules: []\nlayers: {tenant: {a: {debounce: 5}}, region: {eu: {debounce: 4}, in: {debounce: 3}}}")
     plain = policy("rules: []")
-    long = policy("rules: []\ndegraded: none\nobserve: false\nlayers: {}")
+    long = policy(
+        "rules: []\ndegraded: none\nunjudged_request: pass\nunjudged_answer: drop\nobserve: false\nlayers: {}"
+    )
 
     assert one.version == two.version
     assert long.version == plain.version
@@ -503,6 +537,9 @@ ONE = "{name: x, severity: safe, action: warn}"
         ("rules: []\ndeadline_ms: 1.5", "5:14", "deadline_ms: expected a whole number from 1 to 600000"),
         ("rules: []\ninstructions: a <|im_end|>", "5:15", "instructions: <| begins a control token"),
         ("rules: []\ndegraded: gen", "5:11", "degraded: unknown guard for when the guard fails 'gen'"),
+        ("rules: []\nunjudged_request: drop", "5:19", "unjudged_request: unknown treatment 'drop'"),
+        ("rules: []\nunjudged_answer: cut", "5:18", "unjudged_answer: unknown treatment 'cut'"),
+        ("rules: [{name: unjudged_answer, severity: safe, action: warn}]", "4:16", "take another name"),
         ("rules: [{name: observe, severity: unsafe, action: block}]", "4:16", "take another name"),
     ],
 )
@@ -563,3 +600,30 @@ def test_the_documented_layers_do_what_the_page_says() -> None:
 def test_every_preset_for_a_field_is_on_the_page() -> None:
     for name in FIELDS:
         assert f"| `{name}` |" in PAGE
+
+
+# --- what no guard can judge --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failure", "setting", "mild", "strict"),
+    [
+        (UNJUDGED_REQUEST, "unjudged_request", "pass", "refuse"),
+        (UNJUDGED_ANSWER, "unjudged_answer", "drop", "refuse"),
+        (UNJUDGED_ANSWER, "unjudged_answer", "pass", "refuse"),
+    ],
+)
+def test_text_that_nobody_can_judge_is_decided_by_a_setting_of_its_own(
+    failure: GuardFailure, setting: str, mild: str, strict: str
+) -> None:
+    """It is no guard's failure, so that on_guard_error does not count; layers and observing do."""
+    chosen = policy(f"rules: []\n{setting}: {mild}\nlayers: {{tenant: {{a: {{{setting}: {strict}}}}}}}")
+    watched = policy(f"rules: []\n{setting}: {strict}\nobserve: true")
+
+    mildly, strictly = decide(chosen, failure), decide(chosen, failure, Scope(tenant="a"))
+
+    assert (mildly.action, mildly.rule) == (Action.ALLOW, setting)
+    assert (strictly.action, strictly.rule, strictly.failure) == (Action.BLOCK, setting, failure)
+    assert decide(watched, failure).action is Action.ALLOW
+    assert decide(watched, failure).observed == Observed(Action.BLOCK, setting)
+    assert f"{setting} of tenant a says {strict}" in explain(chosen, failure, Scope(tenant="a")).because

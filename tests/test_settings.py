@@ -61,7 +61,7 @@ def test_a_mistyped_variable_is_an_error_that_names_the_nearest(variable: str, s
 
 
 def test_a_variable_like_no_other_lists_what_is_known() -> None:
-    with pytest.raises(SettingsError, match="known: TIDEGATE_CLIENT_TIMEOUT"):
+    with pytest.raises(SettingsError, match=r"known: TIDEGATE_ADAPTERS, .*TIDEGATE_CLIENT_TIMEOUT"):
         read_settings({"TIDEGATE_XYZZY": "1"})
 
 
@@ -197,3 +197,67 @@ def test_a_setting_of_the_store_that_cannot_be_used_is_named(variable: str, valu
         read_settings({variable: value})
 
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "LOCALHOST", "::1", "[::1]"])
+def test_on_this_machine_everybody_is_let_in_unless_something_else_is_said(host: str) -> None:
+    assert read_settings({}, host=host).check_entrance() == "none"
+    assert read_settings({"TIDEGATE_AUTH": "keys"}, host=host).check_entrance() == "keys"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gate.example.com"])
+def test_where_others_can_come_it_has_to_be_said_who_is_let_in(host: str) -> None:
+    with pytest.raises(SettingsError, match="TIDEGATE_AUTH: others can reach") as caught:
+        read_settings({}, host=host).check_entrance()
+    assert "keys" in caught.value.message
+    for chosen in ("none", "keys"):
+        assert read_settings({"TIDEGATE_AUTH": chosen}, host=host).check_entrance() == chosen
+
+
+def test_lists_and_pairs_are_written_with_commas() -> None:
+    settings = read_settings(
+        {
+            "TIDEGATE_OPEN_DOORS": "metrics, console",
+            "TIDEGATE_ALLOWED_HOSTS": "a.example.com,*.b.example.com",
+            "TIDEGATE_ADAPTERS": "bank=adapters/bank, school=adapters/s",
+        }
+    )
+
+    assert settings.open_doors == ("metrics", "console")
+    assert settings.allowed_hosts == ("a.example.com", "*.b.example.com")
+    assert settings.adapters == {"bank": Path("adapters/bank"), "school": Path("adapters/s")}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("OPEN_DOORS", "metrics,chat", "expected metrics, console"),
+        ("ADAPTERS", "bank", "as bank="),
+        ("TLS_CERT", "/no/such/file", "there is no such file"),
+        ("AUTH", "maybe", "'none' or 'keys'"),
+        ("TENANT_PER_MINUTE", "0", "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_used_for_the_entrance_is_said(variable: str, value: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said) as caught:
+        read_settings({f"TIDEGATE_{variable}": value})
+
+    assert caught.value.where == f"TIDEGATE_{variable}"
+
+
+def test_settings_of_the_entrance_that_belong_together_are_together(tmp_path: Path) -> None:
+    file = tmp_path / "key.pem"
+    file.touch()
+    with pytest.raises(SettingsError, match="TIDEGATE_TLS_CERT"):
+        read_settings({"TIDEGATE_TLS_KEY": str(file)}).check_entrance()
+    with pytest.raises(SettingsError, match="TIDEGATE_TENANT_PER_MINUTE"):
+        read_settings({"TIDEGATE_TENANT_BURST": "5"}).check_entrance()
+
+
+def test_the_address_of_redis_is_shown_nowhere_and_may_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    file.write_text("redis://:plumtree@127.0.0.1/0\n", encoding="utf-8")
+    settings = read_settings({"TIDEGATE_REDIS_URL_FILE": str(file)})
+
+    assert settings.redis_url == "redis://:plumtree@127.0.0.1/0"
+    assert "plumtree" not in repr(settings)

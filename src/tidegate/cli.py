@@ -55,10 +55,11 @@ if TYPE_CHECKING:
 
     from tidegate.console.playground import Suggestion
     from tidegate.data.check import Tally
+    from tidegate.gateway.entrance import EntranceOptions
     from tidegate.guards import StreamGuard
     from tidegate.moderate import Step
     from tidegate.policy import Explanation, Policy, PolicySource, Replay
-    from tidegate.store import Store
+    from tidegate.store import Key, Store
 
 __all__ = ["app"]
 
@@ -99,6 +100,8 @@ train_app = typer.Typer(no_args_is_help=True, help="Train a guard from a recipe.
 app.add_typer(train_app, name="train")
 policy_app = typer.Typer(no_args_is_help=True, help="Policies: check a file, explain a decision, try a candidate.")
 app.add_typer(policy_app, name="policy")
+keys_app = typer.Typer(no_args_is_help=True, help="Keys of clients: create, list, rotate, revoke.")
+app.add_typer(keys_app, name="keys")
 decisions_app = typer.Typer(no_args_is_help=True, help="Kept decisions: export, delete, purge; how the store is.")
 app.add_typer(decisions_app, name="decisions")
 
@@ -412,6 +415,9 @@ def serve(
     database: Annotated[
         str | None, typer.Option(metavar="URL", help="Where decisions are kept.", show_default="sqlite:///tidegate.db")
     ] = None,
+    auth: Annotated[
+        str | None, typer.Option(help="Who is let in: none, or keys.", show_default="none, on this machine only")
+    ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Start the demo upstream too: no LLM needed.")] = False,
 ) -> None:
     """Serve the gateway (for programs) and the playground (for people)."""
@@ -419,7 +425,7 @@ def serve(
         raise InputError("--demo starts an upstream of its own: leave --upstream out")
     with _demo_running() if demo else contextlib.nullcontext(upstream) as url:
         settings = read_settings(
-            upstream_url=url, policy=policy, guard=guard, host=host, port=port, database_url=database
+            upstream_url=url, policy=policy, guard=guard, host=host, port=port, database_url=database, auth=auth
         )
         _serve(settings, demo=demo)
 
@@ -445,17 +451,97 @@ def _serve(settings: Settings, *, demo: bool) -> None:
     from tidegate.guards import load_guard
     from tidegate.policy import WatchedPolicy
 
+    auth = settings.check_entrance()
     policy = WatchedPolicy(settings.policy)
-    guard = load_guard(settings.guard)
+    guard = load_guard(settings.guard, adapters=settings.adapters) if settings.adapters else load_guard(settings.guard)
     fallback = None if settings.guard == "edge" else load_guard("edge")
     with (
         _listening(settings.host, settings.port, settings.client_timeout) as socket,
         _open_store(settings) as store,
     ):
         application = _application(settings, guard, fallback, policy, store, demo=demo)
-        address = _address(socket)
+        address = _address(socket, secure=settings.tls_cert is not None)
+        _warn_open(settings, auth, store)
         words = (f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz")
-        _run_server(_server_config(application, settings.shutdown_timeout, settings.log_level), socket, words)
+        config = _server_config(
+            application,
+            settings.shutdown_timeout,
+            settings.log_level,
+            ws_max_size=settings.max_body_bytes,
+            **_connection_options(settings),
+        )
+        _run_server(config, socket, words)
+
+
+_DRAIN_SHARE: Final = 0.8
+"""What part of the time to shut down live streams may go on: the rest is for decisions to be kept."""
+
+
+def _warn_open(settings: Settings, auth: str, store: Store) -> None:
+    """Say what is open, and who cannot come in."""
+    if auth == "none" and not settings.local:
+        whose = " with its key for the upstream" if settings.upstream_key is not None else ""
+        _say(f"everybody who reaches {settings.host} is let in{whose}: TIDEGATE_AUTH is none", style="yellow")
+    if auth == "keys" and not store.keys.list():
+        _say("there is no key yet, so nobody is let in: make one with tidegate keys create", style="yellow")
+
+
+def _connection_options(settings: Settings) -> dict[str, Any]:
+    """What uvicorn is told about connections: their bounds, and TLS."""
+    import ssl
+
+    from tidegate.gateway.connections import Bounds
+
+    bounds = Bounds(
+        connections=settings.max_connections,
+        head_bytes=settings.max_header_bytes,
+        head_lines=settings.max_headers,
+        head_s=settings.header_timeout,
+        request_s=settings.read_timeout,
+    )
+    if settings.tls_cert is None:
+        return {"bounds": bounds}
+    cert, key = str(settings.tls_cert), str(settings.tls_key or settings.tls_cert)
+    options = {
+        "ssl_certfile": cert,
+        "ssl_keyfile": key,
+        "ssl_ca_certs": str(settings.tls_client_ca) if settings.tls_client_ca else None,
+        "ssl_cert_reqs": ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
+    }
+    try:  # so that what is wrong with the files is one line, and not a traceback of the server
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key, lambda: "")
+        if settings.tls_client_ca:
+            context.load_verify_locations(settings.tls_client_ca)
+    except (ssl.SSLError, OSError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
+        raise InputError(f"the certificate or its key cannot be used: {reason}", where="TIDEGATE_TLS_CERT") from None
+    return {"bounds": bounds, **options}
+
+
+def _entrance(settings: Settings, store: Store) -> EntranceOptions:
+    from tidegate.gateway.entrance import EntranceOptions
+    from tidegate.gateway.limits import LimitOptions
+    from tidegate.store import Allowance
+
+    auth = settings.check_entrance()
+    if auth == "keys" and settings.database_url == "sqlite://":
+        raise InputError("keys need a database that is not in memory only", where="TIDEGATE_DATABASE_URL")
+    return EntranceOptions(
+        keys=store.keys if auth == "keys" else None,
+        keys_age_s=settings.keys_max_age,
+        open_doors=settings.open_doors or (),
+        limits=LimitOptions(
+            Allowance(settings.tenant_per_minute, settings.tenant_burst, settings.tenant_concurrent),
+            settings.subject_per_minute,
+        ),
+        redis_url=settings.redis_url,
+        secret=store.derived_key("shared"),
+        remembered=settings.verdict_memory,
+        remembered_s=settings.verdict_memory_seconds,
+        read_timeout_s=settings.read_timeout,
+        hosts=settings.allowed_hosts or (),
+    )
 
 
 def _application(
@@ -471,6 +557,7 @@ def _application(
     from tidegate.console.app import create_console
     from tidegate.gateway.app import create_app
     from tidegate.gateway.asking import Asking
+    from tidegate.gateway.live import LiveLimits
     from tidegate.gateway.upstream import Upstream
     from tidegate.guards.breaker import BreakerOptions
 
@@ -507,6 +594,12 @@ def _application(
         connect_timeout_s=settings.upstream_connect_timeout,
         silence_timeout_s=settings.upstream_read_timeout,
         judge_system=settings.judge_system,
+        live=LiveLimits(
+            frame_bytes=settings.max_body_bytes,
+            idle_s=settings.upstream_read_timeout,
+            drain_s=settings.shutdown_timeout * _DRAIN_SHARE,
+        ),
+        entrance=_entrance(settings, store),
         routes=console,
         on_close=[*((asking.close,) if asking else ()), store.aclose],
     )
@@ -564,10 +657,10 @@ def _listening(host: str, port: int, client_timeout: float | None = None) -> Ite
         yield listening
 
 
-def _address(socket: Socket) -> str:
+def _address(socket: Socket, *, secure: bool = False) -> str:
     host, port = socket.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    return f"http://{shown}:{port}"
+    return f"http{'s' if secure else ''}://{shown}:{port}"
 
 
 def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str]) -> None:
@@ -594,20 +687,31 @@ def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str]) ->
         raise TidegateError("the server could not start; its messages are above")
 
 
-def _server_config(application: Starlette, shutdown_timeout: float, log_level: str) -> uvicorn.Config:
-    import uvicorn
+def _server_config(application: Starlette, shutdown_timeout: float, log_level: str, **options: Any) -> uvicorn.Config:
     from uvicorn.config import LOGGING_CONFIG
+
+    from tidegate.gateway.connections import BoundedConfig
+    from tidegate.gateway.draining import DrainingWebSockets
 
     logging = copy.deepcopy(LOGGING_CONFIG)
     logging["loggers"]["tidegate"] = {"handlers": ["default"], "level": log_level.upper(), "propagate": False}
-    return uvicorn.Config(
+    return BoundedConfig(
         application,
         log_config=logging,
         log_level="warning" if log_level == "info" else log_level,
         access_log=log_level == "debug",
         timeout_graceful_shutdown=max(1, round(shutdown_timeout)),
         server_header=False,
+        ws=DrainingWebSockets,
+        ws_ping_interval=_PING_S,
+        ws_ping_timeout=_PING_S,
+        ws_per_message_deflate=False,  # small frames that should arrive at once, and no memory for each connection
+        **options,
     )
+
+
+_PING_S: Final = 20.0
+"""Seconds between pings of a WebSocket, and until the answer to one; then its client is taken to be gone."""
 
 
 # --- kept decisions -----------------------------------------------------------------------------------------------
@@ -741,6 +845,130 @@ def _action(word: str) -> Action:
         return Action.parse(word)
     except ValueError as error:
         raise InputError(str(error), where="action") from None
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id; keys list shows it.")]
+
+
+@keys_app.command("create")
+def create_key(
+    tenant: Annotated[str, typer.Option(help="For whom it speaks.")],
+    name: Annotated[str, typer.Option(help="For people who look for it.", show_default="the tenant")] = "",
+    region: Annotated[str | None, typer.Option(help="Where that is, for the policy.")] = None,
+    door: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What it opens, as chat or metrics; repeatable.", show_default="all doors of models and guards"
+        ),
+    ] = None,
+    per_minute: Annotated[int | None, typer.Option(min=1, help="Requests per minute.")] = None,
+    burst: Annotated[int | None, typer.Option(min=1, help="Requests at once after a pause.")] = None,
+    concurrent: Annotated[int | None, typer.Option(min=1, help="Exchanges at once.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter of the guard.")] = None,
+    expires: Annotated[str | None, typer.Option(metavar="TIME", help="When it ends: 90d, 2027-01-01.")] = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Make a key for a tenant, and print it: it cannot be shown again."""
+    from tidegate.store import Allowance
+    from tidegate.store.keys import USUAL_DOORS
+
+    settings = read_settings(database_url=database)
+    if adapter is not None and settings.adapters and adapter not in settings.adapters:
+        _say(f"{adapter} is none of TIDEGATE_ADAPTERS: its texts cannot be judged until it is", style="yellow")
+    with _keys_of(settings) as store:
+        key, token = store.keys.create(
+            tenant,
+            name=name,
+            region=region,
+            doors=door or USUAL_DOORS,
+            allowance=Allowance(per_minute, burst, concurrent),
+            adapter=adapter,
+            expires=_end(expires),
+        )
+    _print_json(_key_row(key) | {"key": token})
+    _say("This is the only time that the key is shown: keep it well.", style="yellow")
+
+
+@keys_app.command("list")
+def list_keys(
+    tenant: Annotated[str | None, typer.Option(help="Only those of this tenant.")] = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Print keys, without their secrets: one JSON object a line, oldest first."""
+    with _kept(database) as store:
+        for key in store.keys.list(tenant):
+            _print_json(_key_row(key))
+
+
+@keys_app.command("rotate")
+def rotate_key(
+    identity: KeyArgument,
+    grace: Annotated[str, typer.Option(metavar="TIME", help="How long the old secret is still taken: 1d, 0s.")] = "1d",
+    database: DatabaseOption = None,
+) -> None:
+    """Give a key a new secret, and print it: it cannot be shown again."""
+    with _kept(database) as store:
+        key, token = store.keys.rotate(identity, grace=_duration(grace, "grace"))
+    _print_json(_key_row(key) | {"key": token})
+    _say("This is the only time that the key is shown: keep it well.", style="yellow")
+
+
+@keys_app.command("revoke")
+def revoke_key(identity: KeyArgument, database: DatabaseOption = None) -> None:
+    """Take a key back, for good. Running gateways know within two seconds."""
+    with _kept(database) as store:
+        _print_json(_key_row(store.keys.revoke(identity)))
+
+
+def _keys_of(settings: Settings) -> Store:
+    """The store, made when there is none: keys come before the first gateway."""
+    if settings.database_url == "sqlite://":
+        raise InputError("keys need a database that is not in memory only", where="database")
+    return _open_store(settings.model_copy(update={"keep_days": None}))
+
+
+def _key_row(key: Key) -> dict[str, Any]:
+    def told(time: datetime | None) -> str | None:
+        return None if time is None else time.isoformat(timespec="seconds")
+
+    return {
+        "id": key.id,
+        "name": key.name,
+        "tenant": key.tenant,
+        "region": key.region,
+        "doors": sorted(key.doors),
+        "per_minute": key.allowance.per_minute,
+        "burst": key.allowance.burst,
+        "concurrent": key.allowance.concurrent,
+        "adapter": key.adapter,
+        "good": key.is_good(datetime.now(UTC)),
+        "created": told(key.created),
+        "expires": told(key.expires),
+        "rotated": told(key.rotated),
+        "old_until": told(key.old_until),
+        "revoked": told(key.revoked),
+    }
+
+
+def _duration(given: str, where: str) -> timedelta:
+    match = re.fullmatch(r"(\d{1,6})([smhdw])", given)
+    if match is None:
+        raise InputError("expected a number and s, m, h, d or w, as 1d", where=where)
+    return timedelta(seconds=int(match[1]) * _UNITS[match[2]])
+
+
+def _end(given: str | None) -> datetime | None:
+    """A time to come, or in how long: ``90d``."""
+    if given is None:
+        return None
+    if re.fullmatch(r"\d{1,6}[smhdw]", given):
+        return datetime.now(UTC) + _duration(given, "expires")
+    try:
+        return datetime.fromisoformat(given).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise InputError("expected in how long, as 90d, or a time, as 2027-01-01T08:00Z", where="expires") from None
 
 
 # --- policies -----------------------------------------------------------------------------------------------------

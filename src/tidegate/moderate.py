@@ -28,14 +28,14 @@ import functools
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from tidegate.errors import GuardError, GuardTimeout, InputError, SessionClosed, UnreadableVerdict
 from tidegate.guards import load_guard
-from tidegate.guards.base import Guard, Session, StreamGuard
+from tidegate.guards.base import Guard, IdGuard, IdSession, IdText, Session, StreamGuard
 from tidegate.guards.resilient import ResilientGuard
 from tidegate.guards.session import assistant_turn, check_written
 from tidegate.guards.terms import Terms, on_terms
@@ -197,6 +197,10 @@ class Step:
     decision: Decision | None = None
 
 
+_Ask = Callable[[Session], Awaitable[tuple[TokenVerdict, ...]]]
+"""How a session is asked in one step."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Finding:
     """A debounced action, the token that stands for it, and where the run of tokens began that confirmed it."""
@@ -322,6 +326,7 @@ class StreamModerator:
         self._watching = None if self._rules.observing is None else _Debounce(self._rules.observing)
         self._watching_stopped = False
         self._session: Session | None = None
+        self._ids: IdText | None = None
         self._failure: GuardFailure | None = None
         self._texts: list[str] = []
         self._held = ""
@@ -336,6 +341,11 @@ class StreamModerator:
     def held(self) -> int:
         """How many characters are held now."""
         return len(self._held)
+
+    @property
+    def failure(self) -> GuardFailure | None:
+        """Why the guard says nothing any more; None while it judges."""
+        return self._failure
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
@@ -353,10 +363,29 @@ class StreamModerator:
         Raises:
             SessionClosed: after the stream ended.
         """
-        self._texts.append(text)
-        self._held += text
-        self.fed += len(text)
-        return await self._step(text, ends=False)
+        self._note(text)
+        return await self._step(lambda session: session.feed(text), new=bool(text), ends=False)
+
+    async def feed_ids(self, ids: Sequence[int]) -> Step:
+        """Take more tokens of a model that shares the guard's tokenizer, as ids; say what may leave.
+
+        The text is what the ids are when decoded. A stream is given either text or ids.
+
+        Raises:
+            InputError: when the guard takes no ids, or one of them stands for no text; the stream goes on without them.
+            SessionClosed: after the stream ended.
+        """
+        guard = self._guard
+        if not isinstance(guard, IdGuard) or not guard.takes_ids:
+            raise InputError(f"the guard {guard.name} takes no ids", where="ids")
+        if self._ids is None and self._failure is None and not self._ended:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    self._ids = await guard.id_text()
+            except Exception as error:  # that the guard cannot read them is its failure, and must be decided too
+                self._fail(failure_of(error, guard.name))
+        self._note("" if self._ids is None else self._ids.decode(ids))
+        return await self._step(lambda session: cast(IdSession, session).feed_ids(ids), new=bool(ids), ends=False)
 
     async def finish(self) -> Step:
         """The text is complete: judge what remains, and decide. The step has the decision.
@@ -364,7 +393,7 @@ class StreamModerator:
         Raises:
             SessionClosed: after the stream ended.
         """
-        return await self._step("", ends=True)
+        return await self._step(lambda session: session.finish(), new=False, ends=True)
 
     def close(self) -> Decision | None:
         """Give everything back at once; safe to call any number of times.
@@ -384,13 +413,18 @@ class StreamModerator:
             self.decision = self._decide()
         return self.decision
 
-    async def _step(self, text: str, *, ends: bool) -> Step:
+    def _note(self, text: str) -> None:
+        self._texts.append(text)
+        self._held += text
+        self.fed += len(text)
+
+    async def _step(self, ask: _Ask, *, new: bool, ends: bool) -> Step:
         if self._ended:
             raise SessionClosed("the stream has ended")
         tokens: tuple[TokenVerdict, ...] = ()
         stopped = False
-        if self._failure is None and (text or self.fed):
-            tokens, stopped = await self._judge(text, ends=ends)
+        if self._failure is None and (new or self.fed):
+            tokens, stopped = await self._judge(ask, ends=ends)
         if self._failure is not None:
             stopped = stopped or self._stops(self._failure)
         released = self._release(self._bound(stopped=stopped, ends=ends))
@@ -398,13 +432,13 @@ class StreamModerator:
             self._end()
         return Step(released, tokens, self.decision)
 
-    async def _judge(self, text: str, *, ends: bool) -> tuple[tuple[TokenVerdict, ...], bool]:
+    async def _judge(self, ask: _Ask, *, ends: bool) -> tuple[tuple[TokenVerdict, ...], bool]:
         """Ask the guard; the tokens that count, and whether the last of them stops the stream."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 if self._session is None:
                     self._session = self._guard.open(self._context, self.channel, **self._before)
-                tokens = await (self._session.finish() if ends else self._session.feed(text))
+                tokens = await ask(self._session)
         except Exception as error:  # whatever goes wrong inside a guard is the third outcome, and must be decided too
             self._fail(failure_of(error, self._guard.name))
             return (), False

@@ -8,6 +8,7 @@ mistake in one that is. Secrets may also come from files: ``TIDEGATE_UPSTREAM_KE
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -23,14 +24,32 @@ __all__ = ["PREFIX", "Settings", "read_settings"]
 
 PREFIX: Final = "TIDEGATE_"
 _SECRETS: Final = ("upstream_key", "fingerprint_key")
-_IN_FILES: Final = (*_SECRETS, "database_url")
-_UNSET_WHEN_EMPTY: Final = (*_SECRETS, "upstream_url", "spool", "keep_days")
-_HIDDEN: Final = (*_SECRETS, "database_url", "upstream_url")
+_IN_FILES: Final = (*_SECRETS, "database_url", "redis_url")
+_LIMITS: Final = ("tenant_per_minute", "tenant_burst", "tenant_concurrent")
+_TLS: Final = ("tls_cert", "tls_key", "tls_client_ca")
+_UNSET_WHEN_EMPTY: Final = (
+    *_SECRETS,
+    "upstream_url",
+    "spool",
+    "keep_days",
+    "auth",
+    "redis_url",
+    "open_doors",
+    "adapters",
+    "allowed_hosts",
+    *_LIMITS,
+    *_TLS,
+)
+_HIDDEN: Final = (*_SECRETS, "database_url", "upstream_url", "redis_url")
 """Settings whose value never appears in an error message: they are secret or may contain a password."""
 _KEY: Final = re.compile("[0-9A-Fa-f]{64}")
 _LONGEST_SECRET_FILE: Final = 64 * 1024
 
+_LOCAL_HOSTS: Final = ("localhost", "ip6-localhost")
+
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Amount = Annotated[int | None, Field(ge=1, le=1_000_000_000)]
+Auth = Literal["none", "keys"]
 
 
 class Settings(BaseModel):
@@ -46,8 +65,48 @@ class Settings(BaseModel):
     """Base URL of the OpenAI-compatible server behind the gateway, as ``http://127.0.0.1:8000/v1``; None for none."""
     upstream_key: SecretStr | None = None
     """Key sent to the upstream as a bearer token; None passes the client's own on."""
+    auth: Auth | None = None
+    """Who is let in: ``none`` everybody, ``keys`` those who show a key; None for everybody of this machine."""
+    open_doors: tuple[str, ...] | None = None
+    """Doors that need no key: ``metrics``, ``console``; None for none."""
+    keys_max_age: Seconds = 3600.0
+    """How long known keys stay good while they cannot be read, in seconds."""
+    tenant_per_minute: Amount = None
+    """Requests per minute of each tenant, with all of its keys; None for any number."""
+    tenant_burst: Amount = None
+    """Requests of a tenant that may come at once after a pause; None for a sixth of those per minute."""
+    tenant_concurrent: Amount = None
+    """Exchanges of a tenant that may be open at once; None for any number."""
+    subject_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 60
+    """Requests per minute that a subject starts from when it is throttled."""
+    redis_url: Annotated[str | None, Field(repr=False)] = None
+    """The Redis that gateways share, as ``redis://127.0.0.1:6379/0``; None for none."""
+    verdict_memory: Annotated[int, Field(ge=0, le=10_000_000)] = 4096
+    """Verdicts that each process remembers; 0 for none."""
+    verdict_memory_seconds: Seconds = 600.0
+    """How long a verdict is remembered, in seconds."""
+    max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+    """Connections that may be open at once."""
+    max_header_bytes: Annotated[int, Field(ge=1024, le=1 << 20)] = 32 * 1024
+    """Longest head of a request, in bytes."""
+    max_headers: Annotated[int, Field(ge=8, le=10_000)] = 100
+    """Most headers of a request."""
+    header_timeout: Seconds = 10.0
+    """How long the head of a request may take to come, in seconds."""
+    read_timeout: Seconds = 60.0
+    """How long a whole request may take to come, in seconds."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Names that the gateway answers to, as ``gate.example.com`` or ``*.example.com``; None for any."""
+    tls_cert: Path | None = None
+    """Certificate of the server, and its chain, in PEM; None for plain HTTP."""
+    tls_key: Path | None = None
+    """Private key of the certificate, in PEM; None when it is in the same file."""
+    tls_client_ca: Path | None = None
+    """Certificates of those who sign the clients', in PEM; None lets clients have none."""
     guard: Annotated[str, Field(min_length=1)] = "edge"
     """Which guard judges, as `tidegate.guards.load_guard` takes it."""
+    adapters: dict[str, Path] | None = None
+    """Adapters of a ``gen:`` guard, by the names that keys have, as ``bank=adapters/bank,school=adapters/school``."""
     policy: Annotated[str, Field(min_length=1)] = "balanced"
     """A preset's name or the path of a policy file."""
     database_url: Annotated[str, Field(min_length=1, repr=False)] = "sqlite:///tidegate.db"
@@ -76,6 +135,63 @@ class Settings(BaseModel):
     """How long open streams may go on when the server is told to stop, in seconds."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity of what is logged. User text is never logged."""
+
+    @field_validator("open_doors", "allowed_hosts", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+    @field_validator("open_doors")
+    @classmethod
+    def _openable(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if not set(value or ()) <= {"metrics", "console"}:
+            raise ValueError("expected metrics, console, or both with a comma between")
+        return value
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [each.partition("=") for each in value.split(",") if each.strip()]
+        if not all(name.strip() and folder.strip() for name, _, folder in pairs):
+            raise ValueError("expected names and folders, as bank=adapters/bank,school=adapters/school")
+        return {name.strip(): folder.strip() for name, _, folder in pairs}
+
+    @field_validator("tls_cert", "tls_key", "tls_client_ca")
+    @classmethod
+    def _there(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_file():
+            raise ValueError("there is no such file")
+        return value
+
+    @property
+    def local(self) -> bool:
+        """Whether only programs of this machine can reach the server."""
+        if self.host.lower() in _LOCAL_HOSTS:
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    def check_entrance(self) -> Auth:
+        """Who is let in. A server that others can reach needs that to be said.
+
+        Raises:
+            SettingsError: when it is not said, or settings that belong together are not together.
+        """
+        if (self.tls_key or self.tls_client_ca) and not self.tls_cert:
+            raise SettingsError("TLS needs a certificate too", where=f"{PREFIX}TLS_CERT")
+        if self.tenant_burst and not self.tenant_per_minute:
+            raise SettingsError("a burst needs a number of requests per minute", where=f"{PREFIX}TENANT_PER_MINUTE")
+        if self.auth is None and not self.local:
+            raise SettingsError(
+                f"others can reach {self.host}, so say who is let in: keys (make one with tidegate keys create), "
+                "or none when something in front of the gateway checks who calls",
+                where=f"{PREFIX}AUTH",
+            )
+        return self.auth or "none"
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -2,8 +2,8 @@
 
 They need no model, no network and no luck. What a fake guard says follows from the words of the text alone, its
 trouble included: a word can make it fail or hang, so that a test can steer it from the far end of a real server.
-`FakeUpstream` is an ASGI app that speaks OpenAI's chat completions from a script, misbehaves as told, and remembers
-what it received.
+`FakeUpstream` is an ASGI app that speaks OpenAI's chat completions and responses from a script, misbehaves as told, and
+remembers what it received.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ __all__ = [
     "Send",
     "chunk",
     "completion",
+    "message_item",
+    "response",
+    "response_events",
     "text_chunks",
+    "text_completion",
 ]
 
 # --- guards -------------------------------------------------------------------------------------------------------
@@ -328,7 +332,7 @@ class Reply:
 
     @classmethod
     def stream(cls, *parts: Mapping[str, Any] | bytes | Act, done: bool = True) -> Reply:
-        """An event stream: chunks become events, bytes go out as they are, acts are acted; ``[DONE]`` ends it."""
+        """An event stream: objects become events, bytes go out as they are, acts are acted; ``[DONE]`` ends it."""
         acts = [part if isinstance(part, Send | Pause | Hang | Die) else Send(_event(part)) for part in parts]
         end = (Send(b"data: [DONE]\n\n"),) if done else ()
         return cls((*acts, *end), headers={"content-type": "text/event-stream"})
@@ -347,7 +351,10 @@ class Reply:
 
 
 def _event(part: Mapping[str, Any] | bytes) -> bytes:
-    return part if isinstance(part, bytes) else b"data: " + json.dumps(part).encode() + b"\n\n"
+    if isinstance(part, bytes):
+        return part
+    named = f"event: {part['type']}\n".encode() if isinstance(part.get("type"), str) else b""
+    return named + b"data: " + json.dumps(part).encode() + b"\n\n"
 
 
 @dataclass(slots=True)
@@ -359,6 +366,8 @@ class Received:
     headers: Mapping[str, str]
     body: Any = None
     """The parsed JSON; None when there was none."""
+    data: bytes = b""
+    """The bytes of it."""
     acted: int = 0
     """How many acts of the reply were carried out."""
     cancelled: bool = False
@@ -395,7 +404,7 @@ class FakeUpstream:
         request = Received(scope["method"], scope["path"], headers)
         self.received.append(request)
         body = await _body(receive)
-        request.body = json.loads(body) if body else None
+        request.body, request.data = json.loads(body) if body else None, body
         reply = self.reply if isinstance(self.reply, Reply) else self.reply(request.body)
         hung_up = asyncio.ensure_future(_hang_up(receive))
         try:
@@ -494,5 +503,122 @@ def completion(*contents: str | Mapping[str, Any], finish_reason: str = "stop") 
     return {**_head("chat.completion"), "choices": choices, "usage": usage}
 
 
+def text_completion(*texts: str, finish_reason: str = "stop") -> dict[str, Any]:
+    """A whole ``text_completion``: one choice for each text."""
+    choices = [
+        {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}
+        for index, text in enumerate(texts)
+    ]
+    usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    return {**_head("text_completion"), "choices": choices, "usage": usage}
+
+
 def _head(kind: str) -> dict[str, Any]:
     return {"id": "chatcmpl-fake", "object": kind, "created": 1700000000, "model": "fake-model"}
+
+
+def message_item(*texts: str, identity: str = "msg_fake", **more: Any) -> dict[str, Any]:
+    """An item of a response's output: an assistant's message with these texts; ``more`` are further fields."""
+    content = [{"type": "output_text", "text": text, "annotations": []} for text in texts]
+    return {
+        "id": identity,
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": content,
+        **more,
+    }
+
+
+def response(*output: str | Mapping[str, Any], status: str = "completed", **more: Any) -> dict[str, Any]:
+    """A whole response of the Responses API with these items; a string is a message. ``more`` are further fields."""
+    items = [
+        message_item(item, identity=f"msg_{place}") if isinstance(item, str) else dict(item)
+        for place, item in enumerate(output)
+    ]
+    usage = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
+    return {
+        "id": "resp_fake",
+        "object": "response",
+        "created_at": 1700000000,
+        "status": status,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "metadata": {},
+        "model": "fake-model",
+        "output": items,
+        "parallel_tool_calls": True,
+        "temperature": 1.0,
+        "tool_choice": "auto",
+        "tools": [],
+        "usage": usage if status == "completed" else None,
+        **more,
+    }
+
+
+_ITEM_TEXTS: Final[Mapping[str, tuple[str, str]]] = {
+    "function_call": ("arguments", "response.function_call_arguments"),
+    "mcp_call": ("arguments", "response.mcp_call_arguments"),
+    "custom_tool_call": ("input", "response.custom_tool_call_input"),
+    "code_interpreter_call": ("code", "response.code_interpreter_call_code"),
+}
+_PART_TEXTS: Final[Mapping[str, tuple[str, str]]] = {
+    "output_text": ("text", "response.output_text"),
+    "refusal": ("refusal", "response.refusal"),
+    "reasoning_text": ("text", "response.reasoning_text"),
+    "summary_text": ("text", "response.reasoning_summary_text"),
+}
+
+
+def response_events(
+    *output: str | Mapping[str, Any], cut: Callable[[str], Iterable[str]] = lambda text: [text], **more: Any
+) -> list[dict[str, Any]]:
+    """The events of a streaming response with these items, from the first to the last.
+
+    Args:
+        output: the items, as for `response`.
+        cut: which pieces a text comes in.
+        more: further fields of the response objects.
+    """
+    whole = response(*output, **more)
+    begun = {**whole, "status": "in_progress", "output": [], "usage": None}
+    events: list[dict[str, Any]] = [
+        {"type": "response.created", "response": begun},
+        {"type": "response.in_progress", "response": begun},
+    ]
+    for place, item in enumerate(whole["output"]):
+        events += _item_events(place, item, cut)
+    events.append({"type": "response.completed", "response": whole})
+    return [{**event, "sequence_number": number} for number, event in enumerate(events)]
+
+
+def _item_events(place: int, item: dict[str, Any], cut: Callable[[str], Iterable[str]]) -> Iterator[dict[str, Any]]:
+    at = {"output_index": place, "item_id": item.get("id")}
+    name, kind = _ITEM_TEXTS.get(item["type"], ("", ""))
+    emptied: dict[str, Any] = {
+        key: [] if key in ("content", "summary") else "" if key == name else value for key, value in item.items()
+    }
+    yield {"type": "response.output_item.added", "output_index": place, "item": {**emptied, "status": "in_progress"}}
+    for key, index, added in (
+        ("summary", "summary_index", "response.reasoning_summary_part"),
+        ("content", "content_index", "response.content_part"),
+    ):
+        for number, part in enumerate(item.get(key) or ()):
+            field_, events = _PART_TEXTS[part["type"]]
+            where = {**at, index: number}
+            yield {"type": f"{added}.added", **where, "part": {**part, field_: ""}}
+            yield from _text_events(events, field_, part[field_], where, cut)
+            yield {"type": f"{added}.done", **where, "part": part}
+    if name:
+        yield from _text_events(kind, name, item[name], at, cut)
+    yield {"type": "response.output_item.done", "output_index": place, "item": item}
+
+
+def _text_events(
+    kind: str, name: str, text: str, where: dict[str, Any], cut: Callable[[str], Iterable[str]]
+) -> Iterator[dict[str, Any]]:
+    more: dict[str, Any] = {"logprobs": []} if kind == "response.output_text" else {}
+    for piece in cut(text):
+        yield {"type": f"{kind}.delta", **where, "delta": piece, **more}
+    yield {"type": f"{kind}.done", **where, name: text, **more}

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tidegate.engine.engine import Engine, Handle  # noqa: E402
-from tidegate.engine.runner import Logits  # noqa: E402
+from tidegate.engine.logits import Logits  # noqa: E402
 from tidegate.engine.scheduler import Limits, Step  # noqa: E402
 from tidegate.errors import (  # noqa: E402
     GuardError,

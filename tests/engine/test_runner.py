@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tidegate.engine.runner import Logits, Runner  # noqa: E402
+from tidegate.engine.logits import Logits  # noqa: E402
+from tidegate.engine.runner import Runner  # noqa: E402
 from tidegate.engine.scheduler import Limits, Piece, Scheduler, Step  # noqa: E402
 from tidegate.engine.sequence import Sequence, Windows  # noqa: E402
 from tidegate.engine.slots import Move, Slots  # noqa: E402

@@ -14,9 +14,10 @@ from serving import Record, make_policy
 from tidegate.errors import UpstreamError
 from tidegate.gateway.answers import NO_USAGE, AnswerStream, judge_answer
 from tidegate.gateway.channels import Judging
+from tidegate.guards.resilient import ResilientGuard
 from tidegate.moderate import StreamModerator
 from tidegate.testing import FakeStreamGuard, chunk, completion, text_chunks
-from tidegate.types import Action, Conversation, Scope
+from tidegate.types import Action, Conversation, Role, Scope, ToolCall, Turn
 
 POLICY = make_policy()
 PROMPT = Conversation.of("Say something")
@@ -479,3 +480,34 @@ async def test_every_failure_of_the_guard_is_noted() -> None:
         "choices[0].content": "judged",
         "choices[0].reasoning_content": "not_judged",
     }
+
+
+class TogetherGuard(FakeStreamGuard):
+    """Judges reasoning together with what follows it."""
+
+    together = True
+
+
+@pytest.mark.parametrize("wrap", [lambda guard: guard, ResilientGuard], ids=["guard", "resilient"])
+async def test_a_guard_that_judges_together_is_told_the_reasoning_with_each_text_of_a_whole_answer(wrap: Any) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    message = {"content": "fine", "reasoning_content": "I think", "tool_calls": [call]}
+    thought = Turn(Role.ASSISTANT, "", "I think")
+    calls = (ToolCall("f", '{"a": 1}'),)
+
+    together, apart = TogetherGuard(), FakeStreamGuard()
+    for guard in (together, apart):
+        _, decisions = await judge_answer(completion(message), judging(wrap(guard), tools=frozenset({"f"})))
+        judged = {part.path: (part.state.value, part.characters) for part in decisions[0].coverage}
+        assert judged == {
+            "choices[0].content": ("judged", 4),
+            "choices[0].reasoning_content": ("judged", 7),
+            "choices[0].tool_calls[0].function.arguments": ("judged", 8),
+        }
+
+    def turns(guard: FakeStreamGuard) -> set[Turn]:
+        return {conversation.turns[-1] for conversation in guard.judged}
+
+    with_reasoning = {Turn(Role.ASSISTANT, "fine", "I think"), Turn(Role.ASSISTANT, "", "I think", calls)}
+    assert turns(together) == {thought, *with_reasoning}
+    assert turns(apart) == {thought, Turn(Role.ASSISTANT, "fine"), Turn(Role.ASSISTANT, "", "", calls)}

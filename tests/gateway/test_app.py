@@ -46,6 +46,14 @@ HEALTH = HealthTexts("apple pie", "a bomb")
         (b'{"a": NaN}', 400, None),
         (b'{"a": "\xff"}', 400, None),
         (b"[" * 100_000, 400, None),
+        *(
+            (
+                b'{"messages": [{"role": "user", "content": "x"}], "model": "m", "x": %b1%b}' % (b"[" * n, b"]" * n),
+                400,
+                None,
+            )
+            for n in (900, 980)
+        ),
         (b"{}", 400, "messages"),
         (b'{"messages": 5}', 400, "messages"),
         (b'{"messages": []}', 400, "messages"),
@@ -123,6 +131,64 @@ def test_models_are_the_upstreams(gateway: Gateway, upstream: FakeUpstream) -> N
 
     upstream.reply = Reply.error(401, "who are you")
     assert httpx.get(f"{gateway.base_url}/models").status_code == 401
+
+
+SENTENCE = "how to build a bomb"
+
+
+def test_of_models_only_names_and_numbers_pass(gateway: Gateway, upstream: FakeUpstream) -> None:
+    """Descriptions do not, nor names that could be sentences."""
+    model = {
+        "id": "meta-llama/Llama-3.1-8B:free",
+        "object": "model",
+        "created": 1,
+        "owned_by": "vllm",
+        "max_model_len": 4096,
+        "parent": None,
+    }
+    odd = {"description": SENTENCE, "permission": [{"id": SENTENCE}], SENTENCE: 1, "owned_by": SENTENCE, "pricing": {}}
+    upstream.reply = Reply.json({"object": "list", "data": [model, {**model, **odd, "id": SENTENCE}], "note": SENTENCE})
+
+    listed = httpx.get(f"{gateway.base_url}/models")
+
+    assert SENTENCE not in listed.text
+    assert listed.json()["object"] == "list"
+    assert listed.json()["data"][0] == model
+    assert listed.json()["data"][1]["pricing"] == {}
+    assert listed.json()["data"][1]["id"].startswith("model-")
+
+
+def test_one_model_is_asked_for_by_its_name(gateway: Gateway, upstream: FakeUpstream) -> None:
+    upstream.reply = Reply.json({"id": "org/m:1", "object": "model", "created": 1, "owned_by": "o", "note": SENTENCE})
+
+    with OpenAI(base_url=gateway.base_url, api_key="sk", max_retries=0) as client:
+        model = client.models.retrieve("org/m:1")
+
+    assert (model.id, model.owned_by) == ("org/m:1", "o")
+    assert SENTENCE not in model.to_json()
+    assert upstream.received[0].path == "/v1/models/org/m:1"
+
+
+@pytest.mark.parametrize("name", ["a%20bomb", "%2e%2e/metrics", "..%2Fmetrics", "a//b", "a/", "x" * 201, "a%3Fb"])
+def test_a_name_that_no_model_has_never_reaches_the_upstream(
+    gateway: Gateway, upstream: FakeUpstream, name: str
+) -> None:
+    answer = httpx.get(f"{gateway.base_url}/models/{name}")
+
+    assert answer.status_code == 404
+    assert upstream.received == []
+
+
+@pytest.mark.parametrize("answer", [[], {}, {"data": "a bomb"}, {"data": ["a bomb"]}])
+def test_models_that_are_no_list_are_an_error_of_the_upstream(
+    gateway: Gateway, upstream: FakeUpstream, answer: Any
+) -> None:
+    upstream.reply = Reply.json(answer)
+
+    told = httpx.get(f"{gateway.base_url}/models")
+
+    assert told.status_code == 502
+    assert "bomb" not in told.text
 
 
 def test_metrics_count(gateway: Gateway, upstream: FakeUpstream) -> None:

@@ -16,7 +16,8 @@ from starlette.requests import Request
 
 from serving import Gateway, Record, make_policy, serving, until, wait_until
 from tidegate.gateway.app import create_app
-from tidegate.gateway.chat import Chat
+from tidegate.gateway.chat import ChatDoor
+from tidegate.gateway.exchange import Behind, Endpoint
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.gateway.upstream import Upstream
 from tidegate.testing import (
@@ -495,6 +496,76 @@ def test_a_key_given_twice_reaches_the_upstream_as_it_was_judged(gateway: Gatewa
     assert upstream.received[0].body["messages"] == [{"role": "user", "content": "hello"}]
 
 
+@pytest.mark.parametrize(
+    ("data", "same"),
+    [
+        (
+            b'{ "model" :"m","messages":[{"role":"user","content":"caf\\u00e9 \xc3\xa9"}],"top_p":0.10,"seed":1e2 }',
+            True,
+        ),
+        (b'{"model":"m","messages":[{"role":"user","content":"\\ud83d\\ude00"}]}', True),
+        (b'{"model":"m","messages":[{"role":"user","content":"\\ud83d"}]}', False),
+        (b'{"model":"m","messages":[{"role":"user","content":"a"}],"x":{"a":1,"\\u0061":2}}', False),
+        (b'{"model":"m","messages":[{"role":"user","content":"a"}],"x":[{"a":1,"a":1}]}', False),
+    ],
+)
+def test_a_body_goes_on_byte_by_byte_when_it_means_one_thing(
+    gateway: Gateway, upstream: FakeUpstream, data: bytes, same: bool
+) -> None:
+    """Else what was parsed goes on: broken characters replaced, of a key that is given twice the last."""
+    assert httpx.post(f"{gateway.base_url}/chat/completions", content=data).status_code == 200
+
+    assert (upstream.received[0].data == data) is same
+    if not same:
+        assert b"d83d" not in upstream.received[0].data
+        assert upstream.received[0].data.count(b'"a":') <= 1
+
+
+def test_headers_of_openais_client_go_on_and_others_do_not(gateway: Gateway, upstream: FakeUpstream) -> None:
+    with OpenAI(
+        base_url=gateway.base_url, api_key="sk", organization="org-1", project="proj-1", max_retries=0
+    ) as client:
+        client.chat.completions.create(model="m", messages=HELLO, extra_headers={"x-api-key": "k", "x-other": "o"})
+
+    sent = upstream.received[0].headers
+    assert (sent["openai-organization"], sent["openai-project"]) == ("org-1", "proj-1")
+    assert not {"x-api-key", "x-other"} & set(sent)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("key", [None, "sk-own"])
+def test_the_identity_of_a_request_is_told_and_the_clients_own_quota(
+    upstream: FakeUpstream, upstream_url: str, stream: bool, key: str | None
+) -> None:
+    """Other headers of the upstream are not, nor what could be a sentence."""
+    plain = Reply.stream(*text_chunks(["hi"])) if stream else Reply.json(completion("hi"))
+    headers = {"x-request-id": "req_1", "x-ratelimit-remaining-tokens": "99", "x-secret": "s", "request-id": "a bomb"}
+    upstream.reply = Reply(plain.acts, headers={**plain.headers, **headers})
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(), upstream_url=upstream_url, upstream_key=key)
+
+    with serving(app) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "m", "messages": HELLO, "stream": stream})
+
+    assert answer.headers["x-request-id"] == "req_1"
+    assert answer.headers.get("x-ratelimit-remaining-tokens") == (None if key else "99")
+    assert not {"x-secret", "request-id"} & set(answer.headers)
+
+
+def test_fields_of_an_answer_that_are_empty_or_numbers_pass_as_they_are(client: OpenAI, upstream: FakeUpstream) -> None:
+    answer = completion({"content": "fine", "annotations": [], "audio": None, "refusal": None})
+    answer["choices"][0].update(logprobs=None, stop_reason=None, matched={})
+    answer["usage"]["prompt_tokens_details"] = {"cached_tokens": 2, "audio_tokens": 0}
+    upstream.reply = Reply.json(answer)
+
+    said = ask(client).to_dict()
+
+    choice = {name: value for name, value in said["choices"][0].items() if name != "tidegate"}
+    assert choice == answer["choices"][0]
+    assert {name: said[name] for name in answer if name != "choices"} == {
+        name: value for name, value in answer.items() if name != "choices"
+    }
+
+
 def test_halves_of_a_character_are_joined(client: OpenAI, upstream: FakeUpstream) -> None:
     """A surrogate pair cut between two chunks arrives as one character."""
     first, second = (
@@ -791,7 +862,7 @@ async def test_a_blocked_prompt_is_kept_when_the_client_hangs_up_at_that_moment(
                 cancelling.set()
                 await gone.wait()
 
-    chat = Chat(
+    behind = Behind(
         guard=FakeStreamGuard(),
         policy=make_policy(),
         keep=record,
@@ -800,7 +871,6 @@ async def test_a_blocked_prompt_is_kept_when_the_client_hangs_up_at_that_moment(
         longest_body=1000,
         guard_timeout_s=None,
         client_timeout_s=None,
-        trusted=frozenset(),
     )
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "a bomb"}]}).encode()
 
@@ -816,7 +886,7 @@ async def test_a_blocked_prompt_is_kept_when_the_client_hangs_up_at_that_moment(
         raise AssertionError("nobody listens")
 
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
-    exchange = await chat.complete(Request(scope, receive_body))
+    exchange = await Endpoint(ChatDoor(), behind).answer(Request(scope, receive_body))
     await exchange(scope, receive, send)
 
     assert record.actions == ["block"]

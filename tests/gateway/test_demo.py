@@ -10,7 +10,14 @@ from openai import OpenAI
 
 from serving import make_policy, serving
 from tidegate.gateway.app import create_app
-from tidegate.gateway.demo import DEMO_ANSWERS, DEMO_MODEL, DEMO_PROMPTS, answer_to, create_demo_upstream
+from tidegate.gateway.demo import (
+    DEMO_ANSWERS,
+    DEMO_MODEL,
+    DEMO_PROMPTS,
+    DemoAnswer,
+    answer_to,
+    create_demo_upstream,
+)
 from tidegate.testing import FakeStreamGuard
 
 
@@ -43,6 +50,20 @@ def test_every_offered_prompt_gets_its_answer(url: str, answer: object) -> None:
     assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == written.reasoning
     assert parts[-1].usage == whole.usage
     assert all("no-model" in (part.system_fingerprint or "") for part in parts)
+
+
+@pytest.mark.parametrize("answer", DEMO_ANSWERS, ids=lambda answer: answer.about)
+def test_every_offered_prompt_gets_its_response(url: str, answer: DemoAnswer) -> None:
+    """The same by the Responses API, which the client's own accumulator takes."""
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        whole = client.responses.create(model=DEMO_MODEL, input=answer.prompt)
+        with client.responses.stream(model=DEMO_MODEL, input=answer.prompt) as stream:
+            thought = "".join(event.delta for event in stream if event.type == "response.reasoning_text.delta")
+            streamed = stream.get_final_response()
+
+    assert whole.output_text == streamed.output_text == answer.content
+    assert thought == answer.reasoning
+    assert whole.usage == streamed.usage
 
 
 def test_it_says_what_it_is(url: str) -> None:

@@ -9,8 +9,10 @@ import openai
 import pytest
 from openai import OpenAI
 
-from serving import Gateway
+from serving import Gateway, Record, make_policy, serving
+from tidegate.gateway.app import create_app
 from tidegate.gateway.moderations import OPENAI_CATEGORIES
+from tidegate.testing import FakeStreamGuard
 from tidegate.types import CATEGORIES
 
 
@@ -106,3 +108,28 @@ def test_a_guard_that_fails_is_an_error(gateway: Gateway, word: str, status: int
 
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert gateway.kept()[0]["failure"] is not None
+
+
+@pytest.mark.parametrize(
+    ("on_guard_error", "flagged"),
+    [("allow", False), ("warn", True), ("review", True), ("block", None), ("redact", None)],
+)
+def test_what_a_failure_means_is_what_the_policy_says(on_guard_error: str, flagged: bool | None) -> None:
+    """Where it stops a text there is an error in the place of a result; else a result by the action, without scores."""
+    record = Record()
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(on_guard_error=on_guard_error), keep=record)
+
+    with serving(app) as url:
+        answer = httpx.post(f"{url}/v1/moderations", json={"input": ["fine", "guardfail"]})
+
+    assert sorted(record.actions) == sorted(["allow", on_guard_error])
+    if flagged is None:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "guard_error")
+        return
+    result = answer.json()["results"][1]
+    assert answer.status_code == 200
+    assert result["flagged"] is flagged
+    assert set(result["categories"].values()) == {False}
+    assert set(result["category_scores"].values()) == {0.0}
+    assert result["tidegate"]["severity"] is None
+    assert result["tidegate"]["decision"]["failure"]["kind"] == "GuardUnavailable"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from serving import Record, make_policy, serving
 from tidegate.gateway.app import create_app
-from tidegate.gateway.schemas import ChatRequest, read_chat
-from tidegate.testing import FakeStreamGuard
+from tidegate.gateway.chat import ChatRequest, read_chat
+from tidegate.testing import FakeStreamGuard, FakeUpstream
 from tidegate.types import Span
 
 ASSISTANT = {"role": "assistant", "content": "yes?"}
@@ -113,7 +113,7 @@ def test_the_subject_is_what_the_client_says_it_is() -> None:
     assert subject(user=7, safety_identifier=None) is None
 
 
-async def test_both_decisions_of_an_exchange_have_its_subject(upstream_url: str) -> None:
+async def test_both_decisions_of_an_exchange_have_its_subject(upstream: FakeUpstream, upstream_url: str) -> None:
     record = Record()
     app = create_app(guard=FakeStreamGuard(), policy=make_policy(), keep=record, upstream_url=upstream_url)
     with serving(app) as url:

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from edge_folder import LINES, tiny_edge_folder
 from fake_gen import FakeGen
+from serving import make_policy, serving
+from tidegate.gateway.app import create_app
 from tidegate.guards import StreamGuard
 from tidegate.guards.cascade import CascadeConfig, CascadeGuard
 from tidegate.guards.edge import EdgeGuard
@@ -253,6 +255,17 @@ async def vllm_stream(place: Place, gate: Gate) -> AsyncIterator[Watched]:
         yield Watched(guard, gate, guard._open, overlaps=True, ends_at_once=True)
 
 
+@asynccontextmanager
+async def tidegate(place: Place, gate: Gate) -> AsyncIterator[Watched]:
+    """The gate is in front of the guard of the server."""
+    from tidegate.guards.tidegate_live import TidegateConfig, TidegateGuard
+
+    app = create_app(guard=GatedFake(gate), policy=make_policy(), guard_timeout_s=None)
+    with serving(app) as url:
+        async with TidegateGuard(TidegateConfig(url=url)) as guard:
+            yield Watched(guard, gate, guard._open, ends_at_once=True, at_rest=lambda: guard.streams == 0, noise=0)
+
+
 GUARDS: dict[str, Make] = {
     "fake": fake,
     "fake with a verdict at the end": fake_to_its_end,
@@ -263,6 +276,7 @@ GUARDS: dict[str, Make] = {
     "gen": gen,
     "remote": remote,
     "vllm-stream": vllm_stream,
+    "tidegate": tidegate,
 }
 
 

@@ -22,7 +22,7 @@ from tidegate.errors import (
     UnreadableVerdict,
 )
 from tidegate.guards import load_guard
-from tidegate.guards.base import StreamGuard
+from tidegate.guards.base import StreamGuard, judges_together
 from tidegate.guards.cascade import (
     AskBetween,
     AskOptions,
@@ -208,6 +208,16 @@ async def test_more_open_questions_than_allowed_are_refused_and_the_place_is_fre
     second.hanging = ""
 
     assert (await guard.judge(Conversation.of(UNSURE))).guard == "cascade[second/2]"
+
+
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True), (False, False)])
+def test_a_cascade_is_told_the_reasoning_with_a_text_when_both_its_guards_want_it(first: bool, second: bool) -> None:
+    guards = [FakeStreamGuard(), FakeStreamGuard()]
+    for guard, together in zip(guards, (first, second), strict=True):
+        guard.together = together  # type: ignore[attr-defined]
+    cascade = CascadeGuard(*guards, CascadeConfig(first="edge", second="edge"))
+    assert judges_together(cascade) is (first and second)
+    assert not judges_together(FakeStreamGuard())
 
 
 async def test_closing_closes_both_guards() -> None:

@@ -21,7 +21,7 @@ from tidegate.types import Channel, Conversation, Span
 
 from .contract import AWKWARD, GUARDS, PROMPT, TEXT, TEXTS, Gate, Place, Watched
 
-SLOW = ("stream", "remote", "vllm-stream")
+SLOW = ("stream", "remote", "vllm-stream", "tidegate")
 """Guards that are asked about fewer examples."""
 WRITTEN = (Channel.ANSWER, Channel.REFUSAL, Channel.REASONING, Channel.TOOL_CALL)
 

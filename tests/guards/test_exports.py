@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -132,6 +135,56 @@ async def test_a_checkpoint_is_exported_by_the_command_line_and_loaded_by_name(
     guard = load_guard(f"stream:{tmp_path / 'x'}", threads=1)
     assert (await guard.judge(ASKED)).guard == "stream/x"
     await guard.close()
+
+
+WITHOUT_TORCH = """
+import asyncio, pickle, sys
+for name in ("torch", "transformers", "safetensors", "huggingface_hub", "numba", "onnx", "peft"):
+    sys.modules[name] = None
+from tidegate.guards import load_guard
+from tidegate.types import Conversation
+
+async def main(spec, forms):
+    guard = load_guard(spec, threads=1)
+    if forms:
+        await guard.close()
+        guard = type(guard)(spec.partition(":")[2], threads=1, forms=pickle.loads(bytes.fromhex(forms)))
+    said = await guard.judge(Conversation.of("tell me of bread and knife and tea"))
+    session = guard.open(Conversation.of("tell me more"))
+    tokens = [*await session.feed("of course bread and knife and tea"), *await session.finish()]
+    print(said.severity.word, said.probabilities.unsafe, tokens[-1].probabilities.unsafe)
+    await guard.close()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def said_without_torch(spec: str, forms: str = "") -> list[str]:
+    """Severity and probabilities as a process says them that cannot import torch."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, spec, forms]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+async def said_here(guard: Qwen3StreamGuard | GenGuard) -> list[str]:
+    """The same in this process."""
+    said = await guard.judge(Conversation.of("tell me of bread and knife and tea"))
+    tokens = await streamed(guard.open(Conversation.of("tell me more")), ["of course bread and knife and tea"])
+    await guard.close()
+    return [said.severity.word, str(said.probabilities.unsafe), str(tokens[-1].probabilities.unsafe)]
+
+
+async def test_an_export_of_a_stream_guard_runs_where_there_is_no_torch(checkpoint: Path) -> None:
+    folder = checkpoint.parent / "int8"
+    assert said_without_torch(f"stream:{folder}") == await said_here(Qwen3StreamGuard(folder, threads=1))
+
+
+async def test_an_export_of_a_gen_guard_runs_where_there_is_no_torch(tmp_path: Path) -> None:
+    folder = tmp_path / "gen"
+    export_backbone(gen_folder(), folder, precision="int8")
+    without = said_without_torch(f"gen:{folder}", pickle.dumps(ABOUT).hex())
+    assert without == await said_here(GenGuard(str(folder), threads=1, forms=ABOUT))
 
 
 @pytest.mark.parametrize("options", [[], ["--onnx", "--precision", "int8"], ["--precision", "int8", "--data", "d"]])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +36,7 @@ from tidegate.errors import (
     UnreadableVerdict,
 )
 from tidegate.guards import StreamGuard, load_guard
+from tidegate.guards.base import judges_together
 from tidegate.guards.gen import GenGuard
 from tidegate.model.scoring import Scores
 from tidegate.prompts import OFFICIAL, Form, reason_form
@@ -204,6 +207,18 @@ async def test_closing_refuses_what_waits_and_what_comes() -> None:
         guard.open(None)
 
 
+async def test_a_closed_guard_keeps_no_weights() -> None:
+    guard = GenGuard(str(gen_folder()), forms=TOY)
+    await guard.judge(ROWS[0].conversation)
+    model = guard._worker._model
+    assert model is not None
+    weights = weakref.ref(model)
+    await guard.close()
+    del model
+    gc.collect()
+    assert weights() is None
+
+
 async def test_a_guard_that_was_never_asked_closes() -> None:
     guard = GenGuard(str(gen_folder()), forms=TOY)
     await guard.close()
@@ -273,6 +288,7 @@ async def test_reasoning_and_calls_are_judged_apart_and_the_worst_counts(guard: 
 
 async def test_reasoning_and_answer_are_judged_together_when_asked() -> None:
     async with GenGuard(str(gen_folder()), forms=TOY, thinking="together") as guard:
+        assert judges_together(guard)
         asked = several(guard)
         await asyncio.gather(guard.judge(Conversation((ASKED, TURN))), return_exceptions=True)
     assert asked == [f"{UNSAFE}\n\nno thanks {SAFE}\n\n{SAFE}"]

@@ -30,7 +30,7 @@ from tidegate.errors import (
     UnreadableVerdict,
 )
 from tidegate.guards import load_guard
-from tidegate.guards.base import StreamGuard
+from tidegate.guards.base import StreamGuard, judges_together
 from tidegate.guards.remote import RemoteConfig, RemoteGuard, harmless, load_remote, read_remote
 from tidegate.guards.remote_answers import Completion, Position, read_completion, severity_probabilities
 from tidegate.guards.remote_servers import ServerPool, base_address
@@ -818,6 +818,7 @@ async def test_a_stream_is_judged_with_its_reasoning_where_the_guard_judges_them
 ) -> None:
     fake = FakeGen()
     guard = make(fake, together=together, rejudge_every=10)
+    assert judges_together(guard) is together
 
     tokens = await streamed(
         guard.open(None, channel, reasoning="Maybe a knife?", name="shop"), ["Well, then: ", "yes."]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from id_guard import IdGuard
 from tidegate.errors import (
     GuardError,
     GuardOverloaded,
@@ -373,3 +374,25 @@ def test_terms_reach_only_guards_that_heed_them() -> None:
     resilient = ResilientGuard(FakeStreamGuard())
     assert on_terms(resilient, Terms()) is resilient
     assert on_terms(resilient, DEGRADED).degraded
+
+
+# --- ids ----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_fallback_is_given_the_text_that_the_ids_are() -> None:
+    text = "some bread and crash then a knife for it"
+    ids = [ord(letter) for letter in text]
+    guard = on_terms(ResilientGuard(IdGuard(failing="crash"), fallback=fallback()), DEGRADED)
+    alone = FakeStreamGuard().open(None)
+    session = guard.open(None)
+
+    assert guard.takes_ids
+    tokens = [token for place in range(0, len(ids), 7) for token in await session.feed_ids(ids[place : place + 7])]
+    tokens += await session.finish()
+
+    assert tokens == [*await alone.feed(text), *await alone.finish()]
+    assert session.signed == "degraded[small/1; fake/1 GuardUnavailable]"
+
+
+async def test_a_guard_that_takes_text_only_says_so_also_behind_a_deadline() -> None:
+    assert not ResilientGuard(FakeStreamGuard()).takes_ids

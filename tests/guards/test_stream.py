@@ -36,8 +36,11 @@ from tidegate.errors import (  # noqa: E402
 )
 from tidegate.guards import StreamGuard, load_guard  # noqa: E402
 from tidegate.guards.qwen_stream import Qwen3StreamSession  # noqa: E402
+from tidegate.guards.resilient import ResilientGuard  # noqa: E402
 from tidegate.guards.stream import Qwen3StreamGuard, confirmed  # noqa: E402
 from tidegate.model.loading import load_stream  # noqa: E402
+from tidegate.moderate import StreamModerator  # noqa: E402
+from tidegate.policy import load_policy  # noqa: E402
 from tidegate.types import (  # noqa: E402
     PROMPT_CATEGORIES,
     RESPONSE_CATEGORIES,
@@ -239,10 +242,27 @@ async def test_the_ids_of_a_served_model_are_judged_as_they_are(
     assert_covers(verdicts, f"{ANSWER} gr\u00fcn \U0001f468")
 
 
+async def test_a_moderated_stream_takes_ids_and_what_leaves_is_the_text_that_they_are(guard: Qwen3StreamGuard) -> None:
+    text = f"{ANSWER} gr\u00fcn \U0001f468"
+    ids = ids_of(text)
+    policy = load_policy("balanced").only_observed()
+    expected = [await guard.open(PROMPT).feed_ids(ids)]
+    moderator = StreamModerator(ResilientGuard(guard), policy, context=PROMPT)
+
+    steps = [await moderator.feed_ids(ids[place : place + 5]) for place in range(0, len(ids), 5)]
+    with pytest.raises(InputError, match="stands for no text"):
+        await moderator.feed_ids([TOKENIZER.token_to_id("<|im_end|>")])
+    last = await moderator.finish()
+
+    assert "".join(step.released for step in (*steps, last)) == moderator.text == text
+    assert_same([token for step in steps for token in step.tokens], expected[0], NOISE)
+    assert (last.decision is not None, moderator.failure) == (True, None)
+
+
 async def test_a_session_takes_ids_or_text_and_no_control_tokens(guard: Qwen3StreamGuard) -> None:
     first, second, third = (guard.open(PROMPT) for _ in range(3))
     end = TOKENIZER.token_to_id("<|im_end|>")
-    with pytest.raises(InputError, match=f"ids: id {end} stands for no text"):
+    with pytest.raises(InputError, match=rf"ids\[\d+\]: id {end} stands for no text"):
         await first.feed_ids([*ids_of("dog"), end])
     await second.feed_ids(ids_of("dog"))
     with pytest.raises(InputError, match="text: the session was given ids"):

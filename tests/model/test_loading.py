@@ -15,6 +15,7 @@ from qwen3guard_files import FILES  # noqa: E402
 from stream_folder import TINY, official_config, tensors_of, tiny_model, write_checkpoint  # noqa: E402
 from tidegate.errors import GuardUnavailable, InputError  # noqa: E402
 from tidegate.model import loading  # noqa: E402
+from tidegate.model.folders import read_config  # noqa: E402
 from tidegate.model.loading import load_stream  # noqa: E402
 from tidegate.model.stream import GROUPED_ATTENTION  # noqa: E402
 
@@ -223,7 +224,7 @@ def test_a_name_on_the_hub_is_fetched_without_code(
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr(loading, "snapshot_download", fake_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake_download)
     model = load_stream("Qwen/Qwen3Guard-Stream-0.6B", revision="419364a", dtype="float32")
     torch.testing.assert_close(logits(model), logits(original), atol=2e-5, rtol=1e-5)
     assert (asked["name"], asked["revision"]) == ("Qwen/Qwen3Guard-Stream-0.6B", "419364a")
@@ -254,7 +255,7 @@ def test_other_types_are_refused(folder: Path, dtype: Any) -> None:
 
 @pytest.mark.skipif(FILES is None, reason="needs the released files: TIDEGATE_QWEN3GUARD_FILES")
 def test_the_released_config_describes_our_model() -> None:
-    raw = loading.read_config(FILES / "stream-0.6b")
+    raw = read_config(FILES / "stream-0.6b")
     config = loading._qwen3_config(raw, {})
     with torch.device("meta"):
         model = loading.Qwen3ForGuardModel(config)

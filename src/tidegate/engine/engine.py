@@ -16,13 +16,13 @@ from array import array
 from collections import deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from tidegate.engine.logits import Logits
 from tidegate.engine.onnx_runner import OnnxRunner, OnnxStream
-from tidegate.engine.runner import Logits, Runner
 from tidegate.engine.scheduler import Limits, Scheduler, Step
 from tidegate.engine.sequence import Sequence, Windows
 from tidegate.engine.slots import Slots
@@ -36,9 +36,11 @@ from tidegate.errors import (
     SessionClosed,
     UnreadableVerdict,
 )
-from tidegate.model.stream import Qwen3ForGuardModel
-from tidegate.model.threads import computed_apart
 from tidegate.types import Target
+
+if TYPE_CHECKING:
+    from tidegate.engine.runner import Runner
+    from tidegate.model.stream import Qwen3ForGuardModel
 
 __all__ = ["Engine", "Handle", "Metrics"]
 
@@ -48,8 +50,8 @@ together come back one after the other, and a forward takes about as long for on
 _LINGER_SECONDS = 0.005
 """The most that it may wait."""
 _CANARY_TOKENS = 8
-_CANARY_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
-"""By how much a probability of the canary may differ from that of the model's own forward: rounding, with room."""
+_EXPORT_TOLERANCE = 1e-4
+"""By how much a probability of the canary may differ where an export computes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,15 +246,15 @@ class Engine:
             raise InputError(f"{limits.waiting} waiting tokens are fewer than four windows of {self._window}")
         self._vocabulary: int = model.config.vocab_size
         self._runner: Runner | OnnxRunner | None
-        self._runner, (self._canary, self._expected) = computed_apart(
-            lambda: (_runner(model, positions), _canary(model, self._vocabulary))
-        )
+        self._canary = [(7 + 11 * number) % self._vocabulary for number in range(_CANARY_TOKENS)]
+        """A known text."""
+        self._runner, expected, self._tolerance = _prepared(model, positions, self._canary)
+        self._expected = _probabilities(expected.risk)
         self._cache_bytes = self._runner.cache_bytes
         self._categories = {
             Target.PROMPT: int(model.config.num_query_category),
             Target.RESPONSE: int(model.config.num_category),
         }
-        self._tolerance = _CANARY_TOLERANCE.get(getattr(model, "dtype", torch.float32), 0.05)
         self._slots: Slots[Sequence] = Slots(positions, self._window)
         self._scheduler = Scheduler(self._slots, limits)
         self._most_streams = most_streams
@@ -523,21 +525,15 @@ class Engine:
         give([(work, error) for work in works])
 
 
-def _runner(model: Qwen3ForGuardModel | OnnxStream, positions: int) -> Runner | OnnxRunner:
+def _prepared(
+    model: Qwen3ForGuardModel | OnnxStream, positions: int, canary: list[int]
+) -> tuple[Runner | OnnxRunner, Logits, float]:
+    """What runs the model, what the model says of the canary alone, and how far the first may be from the second."""
     if isinstance(model, OnnxStream):
-        return OnnxRunner(model.backbone, positions)
-    model.eval()
-    return Runner(model, positions)
+        return OnnxRunner(model.backbone, positions), model.logits(canary, Target.RESPONSE), _EXPORT_TOLERANCE
+    from tidegate.engine.runner import prepared  # torch, which exports do without
 
-
-def _canary(model: Qwen3ForGuardModel | OnnxStream, vocabulary: int) -> tuple[list[int], NDArray[np.float32]]:
-    """A known text, and the probabilities ``[tokens, 3]`` that the model's own forward gives for it."""
-    ids = [(7 + 11 * number) % vocabulary for number in range(_CANARY_TOKENS)]
-    if isinstance(model, OnnxStream):
-        return ids, _probabilities(model.logits(ids, Target.RESPONSE).risk)
-    with torch.inference_mode():
-        logits = model(torch.tensor([ids], device=model.device))
-    return ids, _probabilities(logits.risk[0].float().cpu().numpy())
+    return prepared(model, positions, canary)
 
 
 def _probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tidegate.engine.runner import Logits
+from tidegate.engine.logits import Logits
 from tidegate.engine.scheduler import Piece, Step
 from tidegate.errors import GuardUnavailable, UnreadableVerdict
 from tidegate.model.onnx_backbone import Block, OnnxBackbone, causal_blocks

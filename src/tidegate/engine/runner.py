@@ -16,31 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from tidegate.engine.logits import Logits
 from tidegate.engine.scheduler import Piece, Step
 from tidegate.engine.slots import Move
 from tidegate.errors import GuardUnavailable
 from tidegate.model.attention import Attention, Span
 from tidegate.model.backbone import Backbone
 from tidegate.model.stream import Qwen3ForGuardModel
+from tidegate.model.threads import computed_apart
 from tidegate.types import Target
 
-__all__ = ["Logits", "Runner"]
+__all__ = ["TOLERANCES", "Runner", "prepared"]
 
 
-class Logits(NamedTuple):
-    """One branch at some positions of one stream, float32; the order of classes is that of the model's config."""
-
-    risk: NDArray[np.float32]
-    """``[positions, 3]``."""
-    category: NDArray[np.float32]
-    """``[positions, 8]`` of a response, ``[positions, 9]`` of a prompt."""
+TOLERANCES: Final = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
+"""By how much a probability of a runner may differ from that of the model's own forward: rounding, with room."""
 
 
 class Runner:
@@ -140,3 +136,20 @@ class Runner:
             inner = model.risk_level_category_layernorm(model.risk_level_category_pre(hidden))
             heads = model.risk_level_head(inner), model.category_head(inner)
         return Logits(*(head.float().cpu().numpy() for head in heads))
+
+
+def prepared(model: Qwen3ForGuardModel, positions: int, ids: Sequence[int]) -> tuple[Runner, Logits, float]:
+    """A runner; what the model's own forward says of a response of these ids; and how far the runner may be from it.
+
+    Raises:
+        GuardUnavailable: as `Runner`.
+    """
+    model.eval()
+    runner, alone = computed_apart(lambda: (Runner(model, positions), _alone(model, ids)))
+    return runner, alone, TOLERANCES.get(model.dtype, max(TOLERANCES.values()))
+
+
+def _alone(model: Qwen3ForGuardModel, ids: Sequence[int]) -> Logits:
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids], device=model.device))
+    return Logits(logits.risk[0].float().cpu().numpy(), logits.category[0].float().cpu().numpy())

@@ -13,9 +13,11 @@ What leaves, and what does not:
   of the answer. Should it go on, it is judged again from its beginning, and what has left is not sent twice.
 - Known fields without text (ids, index, role, finish_reason, usage, model, ...) pass when they are what they should
   be: numbers, words for programs, identities. What could be a sentence does not, and identities are replaced.
-- ``logprobs`` are dropped: they name words that the guard never saw. So is every field that we do not know and that
-  could carry text: strings, arrays, and objects with either. Numbers, booleans and null pass. What is dropped is in the
-  coverage of its choice as not judged, in characters of text; it never leaves.
+- ``logprobs`` of chosen tokens leave together with the text that they spell (see `tidegate.gateway.logprobs`).
+- Other tokens (``top_logprobs``) are words that the guard never saw. So is every field that we do not know and that
+  could carry text: strings, arrays, and objects with either. The policy's ``unjudged_answer`` says what becomes of
+  them; the coverage of their choice counts them as not judged, in characters of text. Numbers, booleans, null and what
+  is empty pass.
 - On a BLOCK the choice ends with a chunk whose finish_reason is ``content_filter``; the other choices go on.
 """
 
@@ -23,12 +25,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.channels import BLOCKS, Judging, TextChannel
+from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, judge_text
 from tidegate.gateway.deltas import (
     CHOICE_FIELDS,
     TOP_FIELDS,
@@ -45,11 +47,11 @@ from tidegate.gateway.deltas import (
     turn_of,
     without_text,
 )
+from tidegate.gateway.forms import CHAT, Form
+from tidegate.gateway.logprobs import Tokens
 from tidegate.gateway.schemas import decision_field, json_of, mended, undecided_field, worst_decision
 from tidegate.gateway.sse import DONE, EventReader, event
 from tidegate.gateway.statuses import Problem
-from tidegate.guards.session import assistant_turn
-from tidegate.moderate import moderate
 from tidegate.types import (
     Channel,
     Coverage,
@@ -68,7 +70,7 @@ NO_USAGE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0
 class _Piece:
     """What came in one chunk for one choice, until all of it has gone out."""
 
-    __slots__ = ("_begun", "choice", "delta", "finish_reason", "head", "texts")
+    __slots__ = ("_begun", "choice", "delta", "finish_reason", "frame", "has_tokens", "head", "taken", "texts")
 
     def __init__(
         self,
@@ -77,7 +79,13 @@ class _Piece:
         delta: dict[str, Any],
         texts: list[tuple[TextChannel, str]],
         finish_reason: str | None,
+        frame: Any,
+        *,
+        has_tokens: bool,
     ) -> None:
+        self.frame = frame
+        self.has_tokens = has_tokens
+        self.taken: list[tuple[Slot, str]] = []
         self.head = head
         self.choice = choice
         self.delta = delta
@@ -101,6 +109,7 @@ class _Piece:
             return None
         delta, self.delta = self.delta, {}
         self._begun = True
+        self.taken = taken
         for slot, ready in taken:
             put(delta, slot, ready)
         return delta
@@ -109,10 +118,26 @@ class _Piece:
 class _Choice:
     """One choice of a streaming answer."""
 
-    __slots__ = ("blocked", "channels", "dropped", "ended", "field", "finish_reason", "index", "names", "waiting")
+    __slots__ = (
+        "blocked",
+        "channels",
+        "dropped",
+        "ended",
+        "field",
+        "finish_reason",
+        "index",
+        "judging",
+        "names",
+        "tokens",
+        "unjudged",
+        "waiting",
+    )
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, judging: Judging, tokens: Tokens) -> None:
         self.index = index
+        self.judging = judging
+        self.tokens = tokens
+        self.unjudged: Decision | None = None
         self.channels: dict[Slot, TextChannel] = {}
         self.waiting: deque[_Piece] = deque()
         self.dropped: dict[str, int] = {}
@@ -126,13 +151,25 @@ class _Choice:
         for channel in self.channels.values():
             channel.ending = True
 
-    def open(self, slot: Slot, kind: Channel, judging: Judging) -> TextChannel:
+    def refuse(self) -> None:
+        """There is text that nobody can judge: the policy says whether the choice may go on."""
+        if self.unjudged is None:
+            self.unjudged = self.judging.refused()
+            self.blocked = self.blocked or self.unjudged.action >= BLOCKS
+
+    def close_tokens(self) -> None:
+        """No more tokens come: what never spelled anything is dropped, and counted."""
+        self.tokens.close(Parts(dropped=self.dropped))
+        if self.dropped:
+            self.refuse()
+
+    def open(self, slot: Slot, kind: Channel) -> TextChannel:
         """Begin another text."""
         texts = self.texts()
         thought = "" if kind is Channel.REASONING else reasoning_of(texts)
         name = called(slot, self.names, texts)
         path = path_of(self.index, slot)
-        channel = self.channels[slot] = TextChannel(judging, slot, kind, path, reasoning=thought, name=name)
+        channel = self.channels[slot] = TextChannel(self.judging, slot, kind, path, reasoning=thought, name=name)
         return channel
 
     def texts(self) -> dict[Slot, str]:
@@ -153,6 +190,7 @@ class AnswerStream:
 
     Args:
         judging: what it is judged with.
+        form: how its choices are written.
         choices: how many choices were asked for, at least 1.
         wants_usage: whether the client asked for a last chunk with the usage.
 
@@ -164,7 +202,10 @@ class AnswerStream:
         released: how many characters of text went out.
     """
 
-    def __init__(self, judging: Judging, *, choices: int = 1, wants_usage: bool = False) -> None:
+    def __init__(self, judging: Judging, *, form: Form = CHAT, choices: int = 1, wants_usage: bool = False) -> None:
+        self._form = form
+        self._known = judging.known(form.texts)
+        self._passing = judging.passing
         self.done = False
         self.complete = False
         self.error: UpstreamError | None = None
@@ -263,7 +304,7 @@ class AnswerStream:
             self._take_choice(head, choice)
 
     def _take_head(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        parts = Parts(dropped=self._dropped)
+        parts = Parts(dropped=self._dropped, passing=self._passing)
         head = without_text(chunk, TOP_FIELDS, self._judging.trusted, parts)
         self._usage = head.get("usage") or self._usage
         if not self._head:
@@ -272,24 +313,28 @@ class AnswerStream:
 
     def _take_choice(self, head: dict[str, Any], content: Any) -> None:
         index = content.get("index", 0) if isinstance(content, dict) else None
-        delta = content.get("delta") or {} if isinstance(content, dict) else None
-        if not is_place(index) or not isinstance(delta, dict):
+        delta, rest = self._form.split(content, whole=False) if isinstance(content, dict) else (None, {})
+        if not is_place(index) or delta is None:
             raise UpstreamError("the upstream sent a choice without a proper index or delta")
         _expect_asked_for(index, self._expected)
         choice = self._choices.get(index)
         if choice is None:
-            choice = self._choices[index] = _Choice(index)
+            tokens = self._form.tokens(passing=self._passing)
+            choice = self._choices[index] = _Choice(index, self._judging.of_choice(index), tokens)
         if self._ends(choice):
             return
-        parts = Parts(dropped=choice.dropped, names=choice.names)
-        take_apart(delta, self._judging.known, parts)
-        rest = {name: value for name, value in content.items() if name not in ("delta", "index", "finish_reason")}
+        parts = Parts(dropped=choice.dropped, names=choice.names, passing=self._passing)
+        take_apart(delta, self._known, parts)
         kept = without_text(rest, {}, self._judging.trusted, parts)
         choice.finish_reason = finish_reason_of(content, parts)
         texts = self._take_texts(choice, parts.texts)
+        frame = choice.tokens.take(content.get("logprobs"), {channel.slot: text for channel, text in texts}, parts)
+        if choice.dropped or self._dropped:
+            choice.refuse()
         if delta and not parts.plain and not texts and choice.finish_reason is None:
             return
-        choice.waiting.append(_Piece(head, kept, parts.plain, texts, choice.finish_reason))
+        piece = _Piece(head, kept, parts.plain, texts, choice.finish_reason, frame, has_tokens="logprobs" in content)
+        choice.waiting.append(piece)
         if choice.finish_reason is not None:
             choice.end_all()
 
@@ -303,7 +348,7 @@ class AnswerStream:
         for slot, kind, text in texts:
             channel = choice.channels.get(slot)
             if channel is None:
-                channel = choice.open(slot, kind, self._judging)
+                channel = choice.open(slot, kind)
             taken.append((channel, channel.add(text)))
         return taken
 
@@ -345,7 +390,9 @@ class AnswerStream:
 
     async def _advance_choice(self, choice: _Choice, sent: list[bytes]) -> None:
         if not choice.blocked and choice.finish_reason is not None:
-            await self._conclude(choice)
+            choice.close_tokens()
+            if not choice.blocked:
+                await self._conclude(choice)
         self._send_waiting(choice, sent)
         if choice.blocked:
             await self._conclude(choice)
@@ -358,9 +405,10 @@ class AnswerStream:
             if delta is None:
                 return
             complete = not piece.texts
-            chunk = self._chunk(
-                piece.head, choice.index, delta, piece.finish_reason if complete else None, piece.choice
-            )
+            if choice.blocked:
+                piece.finish_reason = None
+            rest = {**piece.choice, **self._tokens_of(piece, choice)}
+            chunk = self._chunk(piece.head, choice.index, delta, piece.finish_reason if complete else None, rest)
             if complete:
                 choice.waiting.popleft()
                 if piece.finish_reason is not None:
@@ -368,6 +416,15 @@ class AnswerStream:
             sent.append(event(chunk))
             if not complete:
                 return
+
+    @staticmethod
+    def _tokens_of(piece: _Piece, choice: _Choice) -> dict[str, Any]:
+        """The log probabilities that go out with what goes out of a piece."""
+        for slot, text in piece.taken:
+            choice.tokens.release(slot, text)
+        told = choice.tokens.out(piece.frame)
+        had, piece.frame, piece.has_tokens = piece.has_tokens, None, False
+        return {"logprobs": told} if had or told is not None else {}
 
     def _chunk(
         self,
@@ -377,7 +434,7 @@ class AnswerStream:
         finish_reason: str | None,
         rest: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        return {**head, "choices": [{"index": index, "delta": delta, **(rest or {}), "finish_reason": finish_reason}]}
+        return {**head, "choices": [self._form.chunk(index, delta, rest or {}, finish_reason)]}
 
     def _last_chunk(self, choice: _Choice, finish_reason: str | None) -> bytes:
         return event({**self._chunk(self._head, choice.index, {}, finish_reason), "tidegate": choice.field})
@@ -387,7 +444,11 @@ class AnswerStream:
     async def _conclude(self, choice: _Choice) -> None:
         """Decide on a choice, and keep the decision."""
         choice.ended = True
-        decided = [
+        judging = choice.judging
+        choice.close_tokens()
+        if self._dropped:
+            choice.refuse()
+        decided: list[tuple[Decision, str | None]] = [
             (decision, channel.path)
             for channel in choice.channels.values()
             if (decision := channel.moderator.close() or channel.moderator.decision) is not None
@@ -395,14 +456,19 @@ class AnswerStream:
         self.released += sum(channel.moderator.released for channel in choice.channels.values())
         coverage = [part for channel in choice.channels.values() for part in channel.moderator.coverage]
         coverage += (*_dropped(choice.dropped, f"choices[{choice.index}]."), *_dropped(self._dropped))
+        unjudged = choice.unjudged
+        if unjudged is not None and unjudged.action >= BLOCKS and not _any_blocks(one for one, _ in decided):
+            decided.append((unjudged, None))
         if not decided:
-            choice.field = undecided_field(self._judging.policy, coverage)
+            choice.field = undecided_field(judging.policy, coverage)
             return
-        chosen, path = decided[self._judging.worst([decision for decision, _ in decided])]
+        chosen, path = decided[judging.worst([decision for decision, _ in decided])]
         decision = replace(chosen, coverage=tuple(coverage))
+        if unjudged is not None and decision.observed is None:
+            decision = replace(decision, observed=unjudged.observed)
         self.decisions.append(decision)
-        identity = await self._judging.keep(decision, self._judging.prompt.then(turn_of(choice.texts())))
-        choice.field = decision_field(decision, self._judging.policy, path=path, identity=identity)
+        identity = await judging.keep(decision, judging.prompt.then(turn_of(choice.texts())))
+        choice.field = decision_field(decision, judging.policy, path=path, identity=identity)
 
     async def _end(self, error: UpstreamError | None) -> bytes:
         """Judge and let out what is left, then say how it ended."""
@@ -415,7 +481,7 @@ class AnswerStream:
             if not choice.ended:
                 await self._conclude(choice)
                 if error is None and choice.field is not None:
-                    sent.append(self._last_chunk(choice, None))
+                    sent.append(self._last_chunk(choice, "content_filter" if choice.blocked else None))
         if error is None:
             sent.append(self._finish())
         else:
@@ -435,30 +501,30 @@ class AnswerStream:
 # --- a whole answer -----------------------------------------------------------------------------------------------
 
 
-async def judge_answer(answer: Any, judging: Judging, *, choices: int = 1) -> tuple[dict[str, Any], list[Decision]]:
-    """Judge a ``chat.completion``; returns what may go to the client, and the decision on each choice with text.
+async def judge_answer(
+    answer: Any, judging: Judging, *, form: Form = CHAT, choices: int = 1
+) -> tuple[dict[str, Any], list[Decision]]:
+    """Judge a whole answer; returns what may go to the client, and the decision on each choice with text.
 
     A blocked choice says the policy's message instead, with the finish_reason ``content_filter``. ``choices`` is how
     many were asked for.
 
     Raises:
-        UpstreamError: when it is not a chat completion.
+        UpstreamError: when it is not such an answer.
         StoreError: when a decision could not be kept.
     """
     listed = answer.pop("choices", None) if isinstance(answer, dict) else None
-    if not isinstance(listed, list) or not all(
-        isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in listed
-    ):
-        raise UpstreamError("the upstream's answer is not a chat completion")
-    parts = Parts()
+    if not isinstance(listed, list) or not all(isinstance(choice, dict) for choice in listed):
+        raise UpstreamError(f"the upstream's answer is not {form.called}")
+    parts = Parts(passing=judging.passing)
     head = without_text(answer, TOP_FIELDS, judging.trusted, parts)
     for place, choice in enumerate(listed):
         index = choice.setdefault("index", place)
         if not is_place(index):
             raise UpstreamError("the upstream's answer has a choice without a proper index")
         _expect_asked_for(index, choices)
-    taken = [_take_message(choice, judging) for choice in listed]
-    judged = await asyncio.gather(*(_judge_choice(*choice, judging, parts) for choice in taken))
+    taken = [_Whole(choice, judging, form, parts.dropped) for choice in listed]
+    judged = await asyncio.gather(*(choice.judge() for choice in taken))
     decisions = [decision for _, decision in judged if decision is not None]
     worst = judged[0][0]["tidegate"] if judged else None
     if decisions:
@@ -467,53 +533,96 @@ async def judge_answer(answer: Any, judging: Judging, *, choices: int = 1) -> tu
     return {**head, "choices": [choice for choice, _ in judged], "tidegate": worst}, decisions
 
 
+def _any_blocks(decisions: Iterable[Decision]) -> bool:
+    """Whether a verdict stops it already: that says more than that there was text which nobody could judge."""
+    return any(decision.action >= BLOCKS for decision in decisions)
+
+
 def _expect_asked_for(index: int, choices: int) -> None:
     if index >= choices:
         raise UpstreamError("the upstream sent a choice that nobody asked for")
 
 
-def _take_message(choice: dict[str, Any], judging: Judging) -> tuple[dict[str, Any], Parts]:
-    """The fields of a choice that pass, and its message taken apart."""
-    parts = Parts()
-    take_apart(choice["message"], judging.known, parts)
-    rest = {name: value for name, value in choice.items() if name not in ("message", "finish_reason")}
-    kept = without_text(rest, CHOICE_FIELDS, judging.trusted, parts)
-    return {**kept, "finish_reason": finish_reason_of(choice, parts)}, parts
+class _Whole:
+    """One choice of a whole answer: the fields of it that pass, and its texts.
 
+    Args:
+        choice: as the upstream says it.
+        judging: what the answer is judged with.
+        form: how it is written.
+        above: what is not judged of the answer beside its choices, in characters, by field.
 
-async def _judge_choice(
-    kept: dict[str, Any], parts: Parts, judging: Judging, above: Parts
-) -> tuple[dict[str, Any], Decision | None]:
-    index = kept["index"]
-    texts = [text._replace(text=mended(text.text)) for text in parts.texts]
-    decision: Decision | None = None
-    unseen = (*_dropped(parts.dropped, f"choices[{index}]."), *_dropped(above.dropped))
-    kept["tidegate"] = undecided_field(judging.policy, unseen)
-    if texts:
+    Raises:
+        UpstreamError: when it has no texts, or texts in a shape that nobody knows.
+    """
+
+    def __init__(self, choice: dict[str, Any], judging: Judging, form: Form, above: Mapping[str, int]) -> None:
+        self._form = form
+        self._index: int = choice["index"]
+        self._judging = judging.of_choice(self._index)
+        self._parts = parts = Parts(passing=judging.passing)
+        message, rest = form.split(choice, whole=True)
+        if message is None:
+            raise UpstreamError(f"the upstream's answer is not {form.called}")
+        take_apart(message, judging.known(form.texts), parts)
+        self._texts = [text._replace(text=mended(text.text)) for text in parts.texts]
+        kept = without_text({"index": self._index, **rest}, CHOICE_FIELDS, judging.trusted, parts)
+        self._kept = {**kept, "finish_reason": finish_reason_of(choice, parts)}
+        if "logprobs" in choice:
+            self._kept["logprobs"] = self._tokens(choice["logprobs"])
+        self._unseen = (*_dropped(parts.dropped, f"choices[{self._index}]."), *_dropped(above))
+
+    def _tokens(self, told: Any) -> Any:
+        tokens = self._form.tokens(passing=self._parts.passing)
+        said = {text.slot: text.text for text in self._texts}
+        frame = tokens.take(told, said, self._parts)
+        for slot, text in said.items():
+            tokens.release(slot, text)
+        tokens.close(self._parts)
+        return tokens.out(frame)
+
+    async def judge(self) -> tuple[dict[str, Any], Decision | None]:
+        """What may go to the client, and the decision; None when there was nothing to decide.
+
+        Raises:
+            StoreError: when the decision could not be kept.
+        """
+        judging, texts = self._judging, self._texts
+        unjudged = judging.refused() if self._unseen else None
+        refused = [unjudged] if unjudged is not None and unjudged.action >= BLOCKS else []
+        if not texts and not refused:
+            return self._sent(undecided_field(judging.policy, self._unseen)), None
         said = {text.slot: text.text for text in texts}
-        names = [called(text.slot, parts.names, said) for text in texts]
-        decided = await asyncio.gather(*(_judge_text(index, *one, judging) for one in zip(texts, names, strict=True)))
+        names = [called(text.slot, self._parts.names, said) for text in texts]
+        thought = reasoning_of(said)
+        work = (
+            judge_text(judging, kind, path_of(self._index, slot), text, reasoning=thought, name=name)
+            for (slot, kind, text), name in zip(texts, names, strict=True)
+        )
+        decided = await asyncio.gather(*work)
+        if not _any_blocks(decided):
+            decided += refused
         number = judging.worst(decided)
-        coverage = [part for one in decided for part in one.coverage]
-        coverage += unseen
-        decision = replace(decided[number], coverage=tuple(coverage))
+        coverage = (*(part for one in decided for part in one.coverage), *self._unseen)
+        decision = replace(decided[number], coverage=coverage)
+        if unjudged is not None and decision.observed is None:
+            decision = replace(decision, observed=unjudged.observed)
         identity = await judging.keep(decision, judging.prompt.then(turn_of(said)))
-        path = path_of(index, texts[number].slot)
-        kept["tidegate"] = decision_field(decision, judging.policy, path=path, identity=identity)
+        path = path_of(self._index, texts[number].slot) if number < len(texts) else None
+        field = decision_field(decision, judging.policy, path=path, identity=identity)
         if decision.action >= BLOCKS:
-            message = {"role": "assistant", "content": judging.policy.message_for(decision.rule)}
-            return {**kept, "message": message, "finish_reason": "content_filter"}, decision
-    for text in texts:
-        put(parts.plain, text.slot, text.text)
-    return {**kept, "message": parts.plain}, decision
+            return self._stopped(judging.policy.message_for(decision.rule), field), decision
+        return self._sent(field), decision
 
+    def _sent(self, field: dict[str, Any]) -> dict[str, Any]:
+        for text in self._texts:
+            put(self._parts.plain, text.slot, text.text)
+        return self._form.whole({**self._kept, "tidegate": field}, self._parts.plain)
 
-async def _judge_text(index: int, text: Text, name: str, judging: Judging) -> Decision:
-    return await moderate(
-        judging.prompt.then(assistant_turn(text.text, text.channel, name=name)),
-        guard=judging.guard,
-        policy=judging.policy,
-        scope=judging.scope,
-        timeout_s=judging.timeout_s,
-        coverage=(Coverage(path_of(index, text.slot), text.channel, CoverageState.JUDGED, len(text.text)),),
-    )
+    def _stopped(self, message: str, field: dict[str, Any]) -> dict[str, Any]:
+        """The policy's message in the place of a text, and nothing that the model said."""
+        told = {name: value for name, value in self._kept.items() if name != "logprobs"}
+        kept = without_text(told, CHOICE_FIELDS, self._judging.trusted, Parts())
+        tokens = {"logprobs": None} if "logprobs" in self._kept else {}
+        ending = {"finish_reason": "content_filter", "tidegate": field}
+        return self._form.whole({**kept, **tokens, **ending}, self._form.saying(message))

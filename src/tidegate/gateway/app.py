@@ -14,19 +14,28 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from tidegate import __version__
 from tidegate.errors import TidegateError
-from tidegate.gateway.chat import Chat
+from tidegate.gateway.chat import ChatDoor
+from tidegate.gateway.completions import CompletionsDoor
+from tidegate.gateway.entrance import Entrance, EntranceOptions
+from tidegate.gateway.exchange import Behind, Door, Endpoint
+from tidegate.gateway.guard import GuardDoor
+from tidegate.gateway.live import Live, LiveLimits
+from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
+from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
+from tidegate.gateway.responses import ResponsesDoor, refuse_stored
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
 from tidegate.gateway.upstream import Upstream
 from tidegate.guards.base import StreamGuard
 from tidegate.guards.breaker import Breaker, BreakerOptions
+from tidegate.guards.callers import CallersGuard
 from tidegate.guards.resilient import FALLBACK_DEADLINE_S, ResilientGuard
 from tidegate.moderate import Keep, failure_of
 from tidegate.policy import PolicySource, WatchedPolicy
@@ -34,6 +43,9 @@ from tidegate.policy.watching import Outcome
 from tidegate.types import Conversation, Severity
 
 __all__ = ["HealthTexts", "create_app"]
+
+DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(), CompletionsDoor(), ResponsesDoor())
+"""The protocols that clients can speak to an upstream."""
 
 DEFAULT_LONGEST_BODY: Final = 8 * 1024 * 1024
 
@@ -64,6 +76,8 @@ def create_app(
     health_timeout_s: float = 2.0,
     trusted_fields: Collection[str] = (),
     judge_system: bool = False,
+    live: LiveLimits = LiveLimits(),  # noqa: B008 - frozen
+    entrance: EntranceOptions | None = None,
     routes: Sequence[BaseRoute] = (),
     on_close: Sequence[Callable[[], Any]] = (),
 ) -> Starlette:
@@ -90,21 +104,25 @@ def create_app(
             model; they pass as they are.
         judge_system: whether system and developer turns are judged too, as if a user had written them. They are the
             operator's own words in most installations; say yes where tenants write them.
+        live: what clients of ``/v1/live`` are held to.
+        entrance: who is let in, how much each may do, and what is remembered; None for everybody, anything, nothing.
         routes: more routes beside the gateway's, as the console's.
         on_close: called (and awaited, where it gives something to await) at shutdown, after the guard is closed.
 
     Raises:
-        InputError: when ``upstream_url`` is not an address.
+        InputError: when ``upstream_url`` is not an address, or the Redis of the entrance has none.
     """
     telemetry = Telemetry()
-    guarded = _guarded(guard, fallback, breaker, guard_timeout_s, telemetry)
+    gate = Entrance(entrance or EntranceOptions(), telemetry.registry)
+    timed = TimedGuard(CallersGuard(guard), telemetry)
+    guarded = _guarded(gate.remembering(timed), fallback, breaker, guard_timeout_s, telemetry)
     patience_s = None if guard_timeout_s is None else guard_timeout_s + (FALLBACK_DEADLINE_S if fallback else 1.0)
     upstream = None
     if upstream_url is not None:
         upstream = Upstream(
             upstream_url, key=upstream_key, connect_timeout_s=connect_timeout_s, silence_timeout_s=silence_timeout_s
         )
-    chat = Chat(
+    behind = Behind(
         guard=guarded,
         policy=policy,
         keep=keep,
@@ -124,7 +142,24 @@ def create_app(
         longest_body=longest_body,
         guard_timeout_s=patience_s,
     )
-    models = _Models(upstream, guard.name, telemetry)
+    judging = GuardDoor(
+        guard=guarded,
+        policy=policy,
+        keep=keep,
+        telemetry=telemetry,
+        longest_body=longest_body,
+        guard_timeout_s=patience_s,
+    )
+    live_streams = Live(
+        guard=guarded,
+        policy=policy,
+        keep=keep,
+        telemetry=telemetry,
+        limits=live,
+        guard_timeout_s=patience_s,
+        client_timeout_s=client_timeout_s,
+    )
+    models = Models(upstream, guard.name, policy, behind.trusted, telemetry)
     checkup = _Health(guard, health, health_timeout_s, policy)
 
     async def metrics(request: Request) -> Response:
@@ -134,22 +169,32 @@ def create_app(
     async def life(app: Starlette) -> AsyncIterator[None]:
         if upstream is not None:
             await upstream.open()
+        await gate.open()
         watching = _watching(policy, telemetry)
         try:
             yield
         finally:
             if watching is not None:
                 watching.cancel()
-            for close in (*((upstream.close,) if upstream else ()), guarded.close, *on_close):
+            for close in (*((upstream.close,) if upstream else ()), guarded.close, gate.close, *on_close):
                 closing = close()
                 if inspect.isawaitable(closing):
                     await closing
 
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", chat.complete, methods=["POST"]),
+            *(Route(door.route, Endpoint(door, behind).answer, methods=["POST"]) for door in DOORS),
+            *(
+                Route(door.route, MessagesEndpoint(door, behind).answer, methods=["POST"])
+                for door in (MessagesDoor(), CountTokensDoor())
+            ),
+            Route(BATCHES, tell_batches, methods=["GET", "POST", "DELETE"]),
+            Route("/v1/responses/{rest:path}", refuse_stored, methods=["GET", "POST", "DELETE"]),
             Route("/v1/moderations", moderations.create, methods=["POST"]),
+            Route("/v1/guard", judging.judge, methods=["POST"]),
+            WebSocketRoute("/v1/live", live_streams.connect),
             Route("/v1/models", models.list, methods=["GET"]),
+            Route("/v1/models/{name:path}", models.one, methods=["GET"]),
             Route("/healthz", checkup.tell, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
             *routes,
@@ -162,6 +207,7 @@ def create_app(
         },
         lifespan=life,
     )
+    gate.put_before(app)
     app.add_middleware(_Counted, telemetry=telemetry)
     return app
 
@@ -173,13 +219,13 @@ def _guarded(
     timeout_s: float | None,
     telemetry: Telemetry,
 ) -> ResilientGuard:
-    """The guard as the gateway asks it: its own time is taken, and not that of the fallback."""
+    """The guard as the gateway asks it."""
     breaker = None
     if options is not None:
         breaker = Breaker(options, tell=telemetry.tell_circuit)
         telemetry.tell_circuit(breaker.state)
     return ResilientGuard(
-        TimedGuard(guard, telemetry),
+        guard,
         fallback=fallback,
         breaker=breaker,
         deadline_s=timeout_s,
@@ -205,26 +251,6 @@ def _watching(policy: PolicySource, telemetry: Telemetry) -> asyncio.Task[None] 
     return asyncio.create_task(policy.watch())
 
 
-class _Models:
-    """``GET /v1/models``: the upstream's; without one, the guard is the only model."""
-
-    def __init__(self, upstream: Upstream | None, guard: str, telemetry: Telemetry) -> None:
-        self._upstream = upstream
-        self._guard = guard
-        self._telemetry = telemetry
-
-    async def list(self, request: Request) -> Response:
-        if self._upstream is None:
-            own = {"id": self._guard, "object": "model", "created": 0, "owned_by": "tidegate"}
-            return JSONResponse({"object": "list", "data": [own]})
-        authorization = request.headers.get("authorization")
-        async with self._upstream.request("GET", "/models", authorization=authorization) as answer:
-            if answer.status != 200:
-                self._telemetry.upstream_errors.labels("status").inc()
-                raise await answer.problem()
-            return JSONResponse(await answer.json())
-
-
 class _Health:
     """``GET /healthz``: the guard judges a text that is known to be safe and one that is known not to be.
 
@@ -248,7 +274,10 @@ class _Health:
             if time.monotonic() >= self._until:
                 self._found = await self._examine()
                 self._until = time.monotonic() + self._holds_s
-        return JSONResponse({**self._found, **self._told()}, 200 if self._found["status"] == "ok" else 503)
+        status = 200 if self._found["status"] == "ok" else 503
+        if request.state.guest:  # there are keys, and this caller has none: how it is, and nothing of what it is
+            return JSONResponse({"status": self._found["status"]}, status)
+        return JSONResponse({**self._found, **self._told()}, status)
 
     def _told(self) -> dict[str, Any]:
         """Which policy is in force, and whether its file says something else that cannot be used; that harms nobody."""

@@ -43,9 +43,7 @@ class Asking:
         if self._model is None:
             self._model = await self._first_model()
         body = {"model": self._model, "stream": True, "messages": [{"role": "user", "content": prompt}]}
-        request = self._upstream.request(
-            "POST", "/chat/completions", authorization=None, body=json.dumps(body).encode()
-        )
+        request = self._upstream.request("POST", "/chat/completions", body=json.dumps(body).encode())
         async with request as answer:
             await _expect_success(answer)
             events = _events(answer)
@@ -55,7 +53,7 @@ class Asking:
                         yield text
 
     async def _first_model(self) -> str:
-        async with self._upstream.request("GET", "/models", authorization=None) as answer:
+        async with self._upstream.request("GET", "/models") as answer:
             await _expect_success(answer)
             match await answer.json():
                 case {"data": [{"id": str(name)}, *_]}:

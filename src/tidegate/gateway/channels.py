@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from tidegate.gateway.deltas import Known, Slot
 from tidegate.gateway.schemas import mended, worst_decision
-from tidegate.guards.base import StreamGuard
-from tidegate.moderate import StreamModerator
-from tidegate.policy import Policy
-from tidegate.types import Action, Channel, Conversation, Decision, Scope
+from tidegate.guards.base import StreamGuard, judges_together
+from tidegate.guards.session import assistant_turn
+from tidegate.moderate import StreamModerator, moderate
+from tidegate.policy import UNJUDGED_ANSWER, Policy, decide
+from tidegate.types import Action, Channel, Conversation, Coverage, CoverageState, Decision, Scope
 
-__all__ = ["BLOCKS", "Judging", "KeepAnswer", "TextChannel"]
+__all__ = ["BLOCKS", "Judging", "KeepAnswer", "TextChannel", "judge_text"]
 
 KeepAnswer = Callable[[Decision, Conversation], Awaitable[str | None]]
 """Keeps the decision on one choice, with the conversation that ends with it; returns its id when it has one."""
@@ -28,6 +29,8 @@ class Judging:
 
     Attributes:
         prompt: the turns before the answer.
+        prompts: one for each prompt, where a request has several; () when it has one. Then ``prompt`` is all of them.
+        each: how many choices each of the prompts has, at least 1.
         tools: the names that a tool call may have without being judged.
         timeout_s: seconds that the guard may take for each step; None for as long as it wants.
         trusted: names of fields that we do not know, but that the operator says carry no text of the model.
@@ -43,11 +46,26 @@ class Judging:
     timeout_s: float | None = None
     trusted: frozenset[str] = frozenset()
     note: Callable[[Iterable[Decision]], None] | None = None
+    prompts: tuple[Conversation, ...] = ()
+    each: int = 1
+
+    def known(self, texts: Mapping[str, Channel]) -> Known:
+        """What may pass, and which fields are texts."""
+        return Known(self.tools, self.trusted, texts)
+
+    def of_choice(self, index: int) -> Judging:
+        """The same for one choice: with the prompt that it answers."""
+        place = index // self.each
+        return replace(self, prompt=self.prompts[place], prompts=()) if place < len(self.prompts) else self
 
     @property
-    def known(self) -> Known:
-        """What else may pass."""
-        return Known(self.tools, self.trusted)
+    def passing(self) -> bool:
+        """Whether text that nobody can judge may leave."""
+        return self.policy.at(self.scope).unjudged_answer == "pass"
+
+    def refused(self) -> Decision:
+        """What the policy does about an answer with text that nobody can judge."""
+        return decide(self.policy, UNJUDGED_ANSWER, self.scope)
 
     def worst(self, decisions: Sequence[Decision]) -> int:
         """Which decision counts for a choice."""
@@ -177,3 +195,22 @@ class TextChannel:
         beginning = self.moderator.text
         self.moderator = self._open()
         return beginning
+
+
+async def judge_text(
+    judging: Judging, kind: Channel, path: str, text: str, *, reasoning: str = "", name: str = ""
+) -> Decision:
+    """Judge one text of an answer that came whole; the arguments are those of `TextChannel`.
+
+    The reasoning, which is a text of the answer too and judged by itself, is judged again with this one where the guard
+    judges them together.
+    """
+    thought = reasoning if kind is not Channel.REASONING and judges_together(judging.guard) else ""
+    return await moderate(
+        judging.prompt.then(assistant_turn(text, kind, reasoning=thought, name=name)),
+        guard=judging.guard,
+        policy=judging.policy,
+        scope=judging.scope,
+        timeout_s=judging.timeout_s,
+        coverage=(Coverage(path, kind, CoverageState.JUDGED, len(text)),),
+    )

@@ -1,227 +1,101 @@
-"""``POST /v1/chat/completions``: a judge between a client and any OpenAI-compatible upstream.
+"""``POST /v1/chat/completions``: how a chat request reads, and how its answers, refusals and errors look.
 
-The prompt is judged while the upstream already starts; nothing of its answer is read before the prompt's decision is
-there. Then the answer goes through `tidegate.gateway.answers`. Every decision is kept before the client sees the end of
-the exchange, also when the client hangs up in the middle: that ends the upstream's request and closes every session.
-A client that stays but stops reading is given up after a while, as if it had hung up.
+The life of an exchange is in `tidegate.gateway.exchange`, the judging of answers in `tidegate.gateway.answers`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import logging
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any, Final, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, NamedTuple
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Send
-from starlette.types import Scope as AsgiScope
-
-from tidegate.errors import StoreError, TidegateError, UpstreamError
 from tidegate.gateway import sse
 from tidegate.gateway.answers import NO_USAGE, AnswerStream, judge_answer
-from tidegate.gateway.channels import BLOCKS, Judging
-from tidegate.gateway.schemas import (
-    ChatRequest,
-    PromptText,
-    decision_field,
-    read_chat,
-    read_json,
-    worst_decision,
+from tidegate.gateway.asked import Asked, Beside, Said, prompt_of
+from tidegate.gateway.channels import Judging
+from tidegate.gateway.fields import (
+    OPENAI_HEADERS,
+    count_of,
+    flag_of,
+    model_of,
+    options_of,
+    sentences_in,
+    strings_in,
+    subject_of,
+    unseen_in,
 )
-from tidegate.gateway.statuses import Problem, problem_of
-from tidegate.gateway.telemetry import Telemetry
-from tidegate.gateway.upstream import Upstream, UpstreamAnswer
-from tidegate.guards.base import StreamGuard
-from tidegate.moderate import Keep, moderate, surely
-from tidegate.policy import Policy, PolicySource, Retention
-from tidegate.types import Conversation, Coverage, CoverageState, Decision, Scope
+from tidegate.gateway.schemas import kind_of, refuse, weight_of
+from tidegate.gateway.statuses import Problem
+from tidegate.gateway.upstream import KeyHeader
+from tidegate.types import Channel, Coverage, CoverageState, Role, ToolCall, Turn
 
-__all__ = ["Chat"]
-
-T = TypeVar("T")
-
-_log = logging.getLogger("tidegate.gateway")
-_EVENT_STREAM: Final = "text/event-stream"
+__all__ = ["ChatDoor", "ChatRequest", "read_chat"]
 
 
-class _Stalled(Exception):
-    """The client is still there, but does not take what is sent."""
+MOST_MESSAGES: Final = 2048
+
+_CHANNELS: Final = {Role.SYSTEM: Channel.SYSTEM, Role.USER: Channel.USER, Role.TOOL: Channel.TOOL_RESULT}
+_ROLES: Final = {
+    "system": Role.SYSTEM,
+    "developer": Role.SYSTEM,
+    "user": Role.USER,
+    "assistant": Role.ASSISTANT,
+    "tool": Role.TOOL,
+    "function": Role.TOOL,
+}
+_MESSAGE_READ: Final = frozenset(("role", "content", "tool_calls", "function_call"))
+_MESSAGE_WORDS: Final = ("name", "tool_call_id", "refusal")
+_MESSAGE_REASONING: Final = ("reasoning_content", "reasoning")
+_MESSAGE_KNOWN: Final = (*_MESSAGE_WORDS, *_MESSAGE_REASONING)
+_PART_TEXTS: Final = ("text", "refusal")
+_PART_IDENTITIES: Final = frozenset(("type", "cache_control"))
+_CALL_IDENTITIES: Final = frozenset(("id", "type", "index"))
+_CALL_KINDS: Final = ("function", "custom")
+_ARGUMENTS: Final = ("arguments", "input")
+
+_OPTIONS_READ: Final = frozenset(
+    ("messages", "tools", "functions", "response_format", "prediction", "web_search_options")
+)
+_OPERATOR: Final = ("tools", "functions", "response_format")
+"""What tells the model about its work: the operator's words, as system turns are."""
+_PLAIN: Final = frozenset(("allowed_token_ids", "stop_token_ids"))
+_IDENTITIES: Final = frozenset(
+    {
+        "audio",
+        "function_call",
+        "metadata",
+        "modalities",
+        "model",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "safety_identifier",
+        "service_tier",
+        "stop",
+        "stream_options",
+        "tool_choice",
+        "user",
+        "verbosity",
+    }
+)
+"""Options with words for programs, which the model does not read."""
 
 
-class Chat:
-    """The endpoint.
+class ChatDoor:
+    """OpenAI's chat completions."""
 
-    Args:
-        guard: judges prompts and answers.
-        policy: where the policy in force is; each exchange is decided by one, from its beginning to its end.
-        keep: where decisions go; None for nowhere.
-        upstream: the LLM; None when there is none, which is an error for every request.
-        telemetry: counts.
-        longest_body: the most bytes of a request.
-        guard_timeout_s: seconds that the guard may take for each step; None for as long as it wants.
-        client_timeout_s: seconds that the client may take nothing of what is sent; None for as long as it wants.
-        trusted: names of upstream fields that the operator says carry no text of the model.
-        judge_system: whether system and developer turns are judged too.
-    """
+    route: ClassVar[str] = "/v1/chat/completions"
+    path: ClassVar[str] = "/chat/completions"
+    key_header: ClassVar[KeyHeader] = "authorization"
+    headers: ClassVar[tuple[str, ...]] = OPENAI_HEADERS
 
-    def __init__(
-        self,
-        *,
-        guard: StreamGuard,
-        policy: PolicySource,
-        keep: Keep | None,
-        upstream: Upstream | None,
-        telemetry: Telemetry,
-        longest_body: int,
-        guard_timeout_s: float | None,
-        client_timeout_s: float | None,
-        trusted: frozenset[str],
-        judge_system: bool = False,
-    ) -> None:
-        self.guard = guard
-        self.policy = policy
-        self.upstream = upstream
-        self.telemetry = telemetry
-        self.guard_timeout_s = guard_timeout_s
-        self.client_timeout_s = client_timeout_s
-        self.trusted = trusted
-        self._keep = keep
-        self._longest_body = longest_body
-        self._judge_system = judge_system
+    def read(self, body: dict[str, Any], *, judge_system: bool) -> ChatRequest:
+        return read_chat(body, judge_system=judge_system)
 
-    async def complete(self, request: Request) -> ASGIApp:
-        """Read the request; what is returned carries the exchange out.
-
-        Raises:
-            Problem: when the request cannot be used, or there is no upstream.
-        """
-        if self.upstream is None:
-            raise Problem(503, "this gateway has no upstream: start it with one", "server_error", None, "no_upstream")
-        body = await read_json(request, longest=self._longest_body)
-        chat = read_chat(body, judge_system=self._judge_system)
-        return _Exchange(self, self.upstream, chat, request.headers.get("authorization"), request.url.path)
-
-    async def keep(
-        self, decision: Decision, conversation: Conversation, target: str, retention: Retention
-    ) -> str | None:
-        """Count a decision and keep it, to the end even when the client goes away meanwhile; returns its id, if any.
-
-        Raises:
-            StoreError: when it could not be kept.
-        """
-        self.telemetry.count(decision, target)
-        if self._keep is None:
-            return None
-        try:
-            return await surely(self._keep(decision, conversation, retention=retention))
-        except Exception as error:  # whatever keeps a decision from being kept must not pass for success
-            _log.error("a decision could not be kept: %s", type(error).__name__)
-            raise StoreError("a decision could not be kept") from error
-
-
-class _Exchange:
-    """One request and its answer: an ASGI app, so that it sees the client hang up."""
-
-    def __init__(
-        self, door: Chat, upstream: Upstream, chat: ChatRequest, authorization: str | None, route: str
-    ) -> None:
-        self._door = door
-        self._chat = chat
-        self._scope = Scope(route=route, subject=chat.subject)
-        self._policy: Policy = door.policy.current.at(self._scope)
-        self._upstream = upstream
-        self._authorization = authorization
-        self._prompt_kept: asyncio.Task[str | None] | None = None
-
-    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._run(scope, receive, send))
-        gone = asyncio.ensure_future(_hang_up(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-        except _Stalled:
-            self._door.telemetry.stalled_clients.inc()
-            _log.warning("a client stopped reading its answer, and was given up")
-        finally:
-            for task in (gone, work):
-                task.cancel()
-            await asyncio.wait({work, gone})
-            if not work.cancelled() and work.exception() is not None and not isinstance(work.exception(), _Stalled):
-                _log.debug("exchange ended early: %s", type(work.exception()).__name__)
-
-    async def _run(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        body = json.dumps(self._chat.body, ensure_ascii=False, separators=(",", ":")).encode()
-        call = asyncio.ensure_future(
-            self._upstream.send("POST", "/chat/completions", authorization=self._authorization, body=body)
-        )
-        try:
-            refusal = await self._judge_prompt(call)
-            if refusal is not None:
-                response: ASGIApp = refusal
-            else:
-                answer = await call
-                if self._chat.stream and answer.status == 200 and answer.media_type == _EVENT_STREAM:
-                    await self._stream(answer, send)
-                    return
-                response = await self._whole(answer)
-            await self._settle()
-        except TidegateError as error:
-            self._count_error(error)
-            response = problem_of(error).response()
-        except Problem as problem:
-            response = problem.response()
-        finally:
-            await _drop(call)
-            with contextlib.suppress(StoreError):
-                await self._settle()
-        await response(scope, receive, send)
-
-    # the prompt
-
-    async def _judge_prompt(self, call: asyncio.Future[UpstreamAnswer]) -> ASGIApp | None:
-        """Judge what is new; returns what the client gets when that is blocked, else None."""
-        chat, door = self._chat, self._door
-        if not chat.new:
-            return None
-        decisions = await asyncio.gather(
-            *(
-                moderate(
-                    text.conversation,
-                    guard=door.guard,
-                    policy=self._policy,
-                    scope=self._scope,
-                    timeout_s=door.guard_timeout_s,
-                    coverage=(),
-                )
-                for text in chat.new
-            )
-        )
-        number = worst_decision(decisions)
-        unjudged = frozenset[str]().union(
-            *(text.paths for text, one in zip(chat.new, decisions, strict=True) if one.failure is not None)
-        )
-        door.telemetry.count_failures(one for place, one in enumerate(decisions) if place != number)
-        decision = replace(decisions[number], coverage=tuple(_without(chat.coverage, unjudged)))
-        self._prompt_kept = asyncio.ensure_future(self._keep(decision, chat.conversation, "prompt"))
-        if decision.action < BLOCKS:
-            return None
-        await _drop(call)
-        return self._refusal(decision, chat.new[number], await surely(_result(self._prompt_kept)))
-
-    def _refusal(self, decision: Decision, text: PromptText, identity: str | None) -> ASGIApp:
-        field = decision_field(decision, self._policy, text=text, identity=identity)
-        message = self._policy.message_for(decision.rule)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self._chat.model}
-        if self._chat.stream:
-            return _Events(b"".join(_refusal_events(head, self._chat, message, field)))
+    def refusal(self, asked: ChatRequest, message: str, field: dict[str, Any]) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
@@ -229,162 +103,254 @@ class _Exchange:
                 "finish_reason": "content_filter",
                 "tidegate": field,
             }
-            for index in range(self._chat.choices)
+            for index in range(asked.choices)
         ]
-        return JSONResponse(
-            {**head, "object": "chat.completion", "choices": choices, "usage": NO_USAGE, "tidegate": field}
-        )
+        return {**_head(asked), "object": "chat.completion", "choices": choices, "usage": NO_USAGE, "tidegate": field}
 
-    async def _settle(self) -> None:
-        """Wait until the prompt's decision is kept."""
-        if self._prompt_kept is not None:
-            await surely(_result(self._prompt_kept))
+    def refusal_events(self, asked: ChatRequest, message: str, field: dict[str, Any]) -> bytes:
+        return b"".join(_refusal_events(_head(asked), asked, message, field))
 
-    # the answer
+    def watch(self, asked: ChatRequest, judging: Judging) -> AnswerStream:
+        return AnswerStream(judging, choices=asked.choices, wants_usage=asked.wants_usage)
 
-    def _judging(self) -> Judging:
-        door = self._door
-        return Judging(
-            guard=door.guard,
-            policy=self._policy,
-            scope=self._scope,
-            prompt=self._chat.conversation,
-            keep=self._keep_answer,
-            tools=self._chat.tools,
-            timeout_s=door.guard_timeout_s,
-            trusted=door.trusted,
-            note=door.telemetry.count_failures,
-        )
+    async def judge(self, asked: ChatRequest, answer: Any, judging: Judging) -> dict[str, Any]:
+        judged, _ = await judge_answer(answer, judging, choices=asked.choices)
+        return judged
 
-    async def _keep_answer(self, decision: Decision, conversation: Conversation) -> str | None:
-        return await self._keep(decision, conversation, "response")
+    def error(self, problem: Problem) -> dict[str, Any]:
+        return problem.body
 
-    async def _keep(self, decision: Decision, conversation: Conversation, target: str) -> str | None:
-        return await self._door.keep(decision, conversation, target, self._policy.retention)
-
-    async def _whole(self, answer: UpstreamAnswer) -> JSONResponse:
-        if answer.status != 200:
-            self._door.telemetry.upstream_errors.labels("status").inc()
-            raise await answer.problem()
-        if self._chat.stream:
-            raise UpstreamError("the upstream did not stream, although it was asked to")
-        try:
-            judged, _ = await judge_answer(await answer.json(), self._judging(), choices=self._chat.choices)
-        except RecursionError:
-            raise UpstreamError("the upstream's answer is nested too deep") from None
-        return JSONResponse(judged)
-
-    async def _stream(self, answer: UpstreamAnswer, to_client: Send) -> None:
-        telemetry = self._door.telemetry
-        send = _patient(to_client, self._door.client_timeout_s)
-        stream = AnswerStream(self._judging(), choices=self._chat.choices, wants_usage=self._chat.wants_usage)
-        await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
-        held = 0
-        with telemetry.stream():
-            try:
-                async for data in _advance(stream, answer):
-                    telemetry.held.inc(stream.held - held)
-                    held = stream.held
-                    if stream.done:
-                        if not stream.complete:
-                            answer.close()
-                        await self._settle()
-                    if data:
-                        await send({"type": "http.response.body", "body": data, "more_body": True})
-            except StoreError as error:
-                answer.close()
-                await send({"type": "http.response.body", "body": sse.event(problem_of(error).body), "more_body": True})
-            finally:
-                telemetry.held.dec(held)
-                await surely(_closed(stream))
-                telemetry.released.inc(stream.released)
-        if stream.error is not None:
-            self._count_error(stream.error)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-        if stream.complete:
-            await answer.leave()
-
-    def _count_error(self, error: TidegateError) -> None:
-        if isinstance(error, UpstreamError):
-            kind = {None: "malformed", 502: "broken", 504: "timeout"}.get(error.status, "broken")
-            self._door.telemetry.upstream_errors.labels(kind).inc()
-        _log.warning("exchange failed: %s", type(error).__name__)
+    def error_event(self, problem: Problem) -> bytes:
+        return sse.event(problem.body)
 
 
-async def _advance(stream: AnswerStream, answer: UpstreamAnswer) -> Any:
-    """Everything for the client, piece by piece, until all is said."""
-    try:
-        async for data in answer.pieces():
-            yield await stream.feed(data)
-            if stream.done:
-                return
-    except UpstreamError as error:
-        yield await stream.end(error)
-        return
-    yield await stream.end()
+def _head(asked: ChatRequest) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
 
 
-def _without(coverage: Iterable[Coverage], unjudged: frozenset[str]) -> Iterator[Coverage]:
-    """The coverage, given that the guard failed on these paths."""
-    for part in coverage:
-        yield replace(part, state=CoverageState.NOT_JUDGED) if part.path in unjudged else part
-
-
-def _patient(send: Send, timeout_s: float | None) -> Send:
-    """The same, which raises _Stalled when the client takes nothing for so long."""
-
-    async def patiently(message: Message) -> None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                await send(message)
-        except TimeoutError:
-            raise _Stalled from None
-
-    return patiently
-
-
-async def _closed(stream: AnswerStream) -> None:
-    with contextlib.suppress(StoreError):
-        await stream.close()
-
-
-async def _result(task: asyncio.Task[T]) -> T:
-    return await task
-
-
-async def _drop(call: asyncio.Future[UpstreamAnswer]) -> None:
-    """End the upstream's request at once, however far it is."""
-    call.cancel()
-    await asyncio.wait({call})
-    if not call.cancelled() and call.exception() is None:
-        call.result().close()
-
-
-async def _hang_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class _Events:
-    """A whole event stream as one response."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-
-    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
-        await send({"type": "http.response.body", "body": self._body})
-
-
-def _refusal_events(head: dict[str, Any], chat: ChatRequest, message: str, field: dict[str, Any]) -> Iterator[bytes]:
+def _refusal_events(head: dict[str, Any], asked: ChatRequest, message: str, field: dict[str, Any]) -> Iterator[bytes]:
     def chunk(index: int, delta: dict[str, Any], finish_reason: str | None, **more: Any) -> bytes:
         choice = {"index": index, "delta": delta, "finish_reason": finish_reason}
         return sse.event({**head, "object": "chat.completion.chunk", "choices": [choice], **more})
 
-    for index in range(chat.choices):
+    for index in range(asked.choices):
         yield chunk(index, {"role": "assistant", "content": ""}, None)
         yield chunk(index, {"content": message}, None)
         yield chunk(index, {}, "content_filter", tidegate=field)
-    if chat.wants_usage:
+    if asked.wants_usage:
         yield sse.event({**head, "object": "chat.completion.chunk", "choices": [], "usage": NO_USAGE})
     yield sse.DONE
+
+
+# --- a chat request -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest(Asked):
+    """A chat completion request.
+
+    Attributes:
+        choices: how many are asked for, at least 1.
+        wants_usage: whether a stream is to end with a usage chunk.
+    """
+
+    choices: int = 1
+    wants_usage: bool = False
+
+
+def read_chat(body: dict[str, Any], *, judge_system: bool = False) -> ChatRequest:
+    """Understand a chat completion request; options that are not ours to know are the upstream's business.
+
+    Args:
+        body: the request.
+        judge_system: whether system and developer turns are judged too, as if a user had written them; and with them
+            tools and response_format.
+
+    Raises:
+        Problem: 400, with the place of what is wrong.
+    """
+    messages = _messages(body)
+    model = model_of(body)
+    choices = count_of(body, "n")
+    stream = flag_of(body, "stream")
+    options = options_of(body)
+    tools = frozenset(_tool_names(body))
+    said = [_message(message, f"messages[{index}]", tools) for index, message in enumerate(messages)]
+    prompt = prompt_of(
+        said,
+        judge_system=judge_system,
+        beside=_beside(body),
+        unseen=unseen_in(body, read=_OPTIONS_READ, plain=_PLAIN, identities=_IDENTITIES, channel=Channel.SYSTEM),
+    )
+    return ChatRequest(
+        body=body,
+        **prompt._asdict(),
+        model=model,
+        stream=stream,
+        tools=tools,
+        subject=subject_of(body),
+        choices=choices,
+        wants_usage=bool(options.get("include_usage")),
+    )
+
+
+def _messages(body: Mapping[str, Any]) -> list[Any]:
+    messages = body.get("messages")
+    if "messages" not in body:
+        refuse("'messages' is missing: expected an array of messages", "missing_required_parameter", param="messages")
+    if not isinstance(messages, list):
+        refuse(f"expected an array of messages, got {kind_of(messages)}", "invalid_type", param="messages")
+    if not messages:
+        refuse("expected at least one message, got an empty array", "empty_array", param="messages")
+    if len(messages) > MOST_MESSAGES:
+        refuse(f"expected at most {MOST_MESSAGES:,} messages, got {len(messages):,}", "too_many", param="messages")
+    return messages
+
+
+def _beside(body: Mapping[str, Any]) -> Iterator[Beside]:
+    """The texts of the options that the model reads."""
+    for name in _OPERATOR:
+        value = body.get(name)
+        if sentences_in(value) or (name != "response_format" and weight_of(value)):
+            yield Beside(name, Channel.SYSTEM, "\n".join(strings_in(value)), weight_of(value))
+    for name in ("prediction", "web_search_options"):
+        text = "\n".join(_unlike_words(body.get(name)))
+        if text:
+            yield Beside(name, Channel.USER, text, len(text))
+
+
+def _unlike_words(value: Any) -> Iterator[str]:
+    """The texts of an option whose fields we know by name: kinds and sizes are words for programs."""
+    if isinstance(value, dict):
+        value = {name: inner for name, inner in value.items() if name != "search_context_size" or sentences_in(inner)}
+    yield from strings_in(value)
+
+
+def _message(message: Any, path: str, tools: frozenset[str]) -> Said:
+    """One message: the turn that it is, its text in other joints, and what in it cannot be judged."""
+    if not isinstance(message, dict):
+        refuse(f"expected an object with role and content, got {kind_of(message)}", "invalid_type", param=path)
+    role = _ROLES.get(str(message.get("role")))
+    if role is None:
+        refuse(f"expected one of {', '.join(_ROLES)}", "invalid_value", param=f"{path}.role")
+    channel = _CHANNELS.get(role, Channel.ANSWER)
+    texts, unseen = _content(message.get("content"), f"{path}.content", role, channel)
+    reasoning = {name: message[name] for name in _MESSAGE_REASONING if isinstance(message.get(name), str)}
+    words = {name: message[name] for name in _MESSAGE_WORDS if isinstance(message.get(name), str)}
+    calls = list(_calls(message, path, channel))
+    unseen += unseen_in(
+        message,
+        read={*_MESSAGE_READ, *reasoning, *words},
+        identities=("audio",),
+        path=path,
+        channel=channel,
+        reserved=_MESSAGE_KNOWN,
+    )
+    unseen += (part for call in calls for part in call.unseen)
+    return Said(
+        Turn(role, "\n".join(texts), "\n".join(reasoning.values()), tuple(call.call for call in calls)),
+        f"{path}.content",
+        f"{path}.reasoning_content",
+        tuple(call.path for call in calls),
+        "".join(texts) if len(texts) > 1 else None,
+        tuple(unseen),
+        (
+            *((f"{path}.{name}", text) for name, text in words.items() if _reads(name, text, tools)),
+            *((f"{call.path}.name", call.call.name) for call in calls if _reads("name", call.call.name, tools)),
+        ),
+    )
+
+
+def _reads(name: str, text: str, tools: frozenset[str]) -> bool:
+    """Whether a short text beside a message is one to judge: not an identity, and no tool that is offered anyway."""
+    return bool(text) and (sentences_in(text) > 0 if name == "tool_call_id" else text not in tools)
+
+
+def _content(value: Any, path: str, role: Role, channel: Channel) -> tuple[list[str], list[Coverage]]:
+    """The texts of a message's content, and what of it is not text."""
+    if isinstance(value, str):
+        return [value], []
+    if value is None and role is Role.ASSISTANT:
+        return [], []
+    if not isinstance(value, list):
+        refuse(f"expected a string or an array of parts, got {kind_of(value)}", "invalid_type", param=path)
+    texts: list[str] = []
+    unseen: list[Coverage] = []
+    for index, part in enumerate(value):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            refuse("expected an object with a type", "invalid_type", param=f"{path}[{index}]")
+        name = next((name for name in _PART_TEXTS if isinstance(part.get(name), str)), None)
+        if name is not None:
+            texts.append(part[name])
+            place = f"{path}[{index}]"
+            unseen += unseen_in(
+                part, read=(name,), identities=_PART_IDENTITIES, path=place, channel=channel, reserved=_PART_TEXTS
+            )
+        elif part["type"] == "text":
+            refuse("expected a string", "invalid_type", param=f"{path}[{index}].text")
+        else:
+            unseen.append(Coverage(f"{path}[{index}]", channel, CoverageState.NOT_JUDGED, _payload(part)))
+    return texts, unseen
+
+
+def _payload(part: Mapping[str, Any]) -> int:
+    """How many characters a part that is not text has, such as its address or its data; at least 1."""
+    rest = {name: value for name, value in part.items() if name != "type"}
+    return max(1, weight_of(rest) + sentences_in(part["type"]))
+
+
+class _Call(NamedTuple):
+    """A call of a tool, where it stands, and what in it no guard sees."""
+
+    call: ToolCall
+    path: str
+    unseen: tuple[Coverage, ...]
+
+
+def _calls(message: Mapping[str, Any], path: str, channel: Channel) -> Iterator[_Call]:
+    calls = message.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        refuse(f"expected an array, got {kind_of(calls)}", "invalid_type", param=f"{path}.tool_calls")
+    for index, call in enumerate(calls or ()):
+        place = f"{path}.tool_calls[{index}]"
+        if not isinstance(call, dict):
+            refuse(f"expected an object, got {kind_of(call)}", "invalid_type", param=place)
+        kind = next((name for name in _CALL_KINDS if isinstance(call.get(name), dict)), None)
+        rest = tuple(
+            unseen_in(
+                call,
+                read=(kind,) if kind else (),
+                identities=_CALL_IDENTITIES,
+                path=place,
+                channel=channel,
+                reserved=_CALL_KINDS,
+            )
+        )
+        yield _call(call[kind] if kind else {}, place, channel, rest)
+    function = message.get("function_call")
+    if isinstance(function, dict):
+        yield _call(function, f"{path}.function_call", channel, ())
+    elif function is not None:
+        refuse(f"expected an object, got {kind_of(function)}", "invalid_type", param=f"{path}.function_call")
+
+
+def _call(function: Mapping[str, Any], path: str, channel: Channel, rest: tuple[Coverage, ...]) -> _Call:
+    given = next((name for name in _ARGUMENTS if name in function), None)
+    arguments = function.get(given, "") if given else ""
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    named = function.get("name")
+    read = {given, "name"} if isinstance(named, str) else {given}
+    unseen = unseen_in(
+        function, read=[one for one in read if one], path=path, channel=channel, reserved=("name", *_ARGUMENTS)
+    )
+    return _Call(ToolCall(named if isinstance(named, str) else "", arguments), path, (*rest, *unseen))
+
+
+def _tool_names(body: Mapping[str, Any]) -> Iterator[str]:
+    for name, inner in (("tools", "function"), ("tools", "custom"), ("functions", None)):
+        listed = body.get(name)
+        for tool in listed if isinstance(listed, list) else ():
+            named = tool.get(inner) if inner is not None and isinstance(tool, dict) else tool
+            if isinstance(named, dict) and isinstance(named.get("name"), str):
+                yield named["name"]

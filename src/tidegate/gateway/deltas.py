@@ -15,49 +15,67 @@ from functools import partial
 from typing import Any, Final, NamedTuple, TypeGuard
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.schemas import characters_in
+from tidegate.gateway.schemas import is_name, weight_of
 from tidegate.types import Channel, Role, ToolCall, Turn
 
 __all__ = [
+    "CHAT_TEXTS",
     "CHOICE_FIELDS",
+    "COMPLETION_TEXTS",
+    "MODEL_FIELDS",
+    "OUR_FIELD",
     "TOP_FIELDS",
     "Known",
     "Parts",
     "Slot",
     "Text",
     "called",
+    "carries_text",
     "finish_reason_of",
+    "identity",
     "is_place",
+    "numbers",
     "path_of",
     "put",
     "reasoning_of",
     "take_apart",
     "turn_of",
     "without_text",
+    "word",
 ]
 
 Slot = tuple[str | int, ...]
 """Where a text stands in a delta or message, as ``("tool_calls", 0, "function", "arguments")``."""
 
-_TEXTS: Final = {
+CHAT_TEXTS: Final[Mapping[str, Channel]] = {
     "content": Channel.ANSWER,
     "reasoning_content": Channel.REASONING,
     "reasoning": Channel.REASONING,
     "refusal": Channel.REFUSAL,
 }
+COMPLETION_TEXTS: Final[Mapping[str, Channel]] = {
+    "text": Channel.ANSWER,
+    "reasoning_content": Channel.REASONING,
+    "reasoning": Channel.REASONING,
+    "refusal": Channel.REFUSAL,
+}
+OUR_FIELD: Final = "tidegate"
+"""The field that is ours alone: an upstream's does not pass."""
+
 _WORD: Final = re.compile(r"[a-z_.]{1,32}")
 _IDENTITY: Final = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)
-_FIELD: Final = re.compile(r"[\w.:/@+-]{1,64}", re.ASCII)
 _NO_NAME: Final = "?"
 """Stands in coverage for a field whose name could be a sentence."""
 _ROLES: Final = frozenset(role.value for role in Role)
 
 
 class Known(NamedTuple):
-    """What else may pass: the tools that the request offered, and fields that the operator says carry no text."""
+    """What else may pass: the tools that the request offered, and fields that the operator says carry no text; and the
+    fields that are texts."""
 
     tools: frozenset[str]
     trusted: frozenset[str]
+    texts: Mapping[str, Channel] = CHAT_TEXTS
 
 
 class Text(NamedTuple):
@@ -70,41 +88,46 @@ class Text(NamedTuple):
 
 @dataclass(slots=True)
 class Parts:
-    """A delta or message taken apart: what passes, what is judged, and how many characters are dropped, by field; and
-    the names of the called tools that pass, by the slot of the call."""
+    """A delta or message taken apart: what passes, what is judged, and how many characters nobody judges, by field; and
+    the names of the called tools that pass, by the slot of the call. Fields that we do not know are dropped, unless
+    they are ``passing``."""
 
     plain: dict[str, Any] = field(default_factory=dict)
     texts: list[Text] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     names: dict[Slot, str] = field(default_factory=dict)
+    passing: bool = False
 
     def drop(self, name: str, value: Any, prefix: str = "") -> None:
         """Count a value that does not pass; a name that could be a sentence is not said, but counted too."""
-        count = characters_in(value) + _characters_in_names(value)
+        count = weight_of(value)
         if not is_name(name):
             count, name = count + len(name), _NO_NAME
-        self.dropped[prefix + name] = self.dropped.get(prefix + name, 0) + count
+        self.count(prefix + name, count)
+
+    def count(self, name: str, characters: int) -> None:
+        """Count so many characters of a field."""
+        self.dropped[name] = self.dropped.get(name, 0) + characters
+
+    @staticmethod
+    def weigh(value: Any) -> int:
+        """How much a value could tell, in characters."""
+        return weight_of(value)
+
+    def unknown(self, name: str, value: Any, kept: dict[str, Any], prefix: str = "") -> None:
+        """Take a field that we do not know: it passes where it can tell nothing, or where the policy lets it."""
+        plain = is_name(name) and not carries_text(value)
+        if not plain:
+            self.drop(name, value, prefix)
+        if plain or (self.passing and name != OUR_FIELD):
+            kept[name] = value
 
 
-def is_name(name: str) -> bool:
-    """Whether this can be the name of a field, and no sentence."""
-    return _FIELD.fullmatch(name) is not None
-
-
-def _characters_in_names(value: Any) -> int:
-    """How many characters the names in a value have that could be sentences."""
-    if isinstance(value, list):
-        return sum(map(_characters_in_names, value))
-    if not isinstance(value, dict):
-        return 0
-    return sum(0 if is_name(name) else len(name) for name in value) + sum(map(_characters_in_names, value.values()))
-
-
-def _carries_text(value: Any) -> bool:
+def carries_text(value: Any) -> bool:
     """Whether a value could tell text: strings do, and so do arrays, which may be token ids, and long names."""
     if isinstance(value, dict):
-        return any(not is_name(name) or _carries_text(inner) for name, inner in value.items())
-    return isinstance(value, str | list)
+        return any(not is_name(name) or carries_text(inner) for name, inner in value.items())
+    return isinstance(value, str | list) and bool(value)
 
 
 # --- known fields -------------------------------------------------------------------------------------------------
@@ -143,7 +166,7 @@ def _number(value: Any, drop: Drop) -> Any:
     return _passes(value, drop, value is None or isinstance(value, int | float))
 
 
-def _numbers(value: Any, drop: Drop) -> Any:
+def numbers(value: Any, drop: Drop) -> Any:
     """A number, or an object of such; what else is in it is left out."""
     if not isinstance(value, dict):
         return _number(value, drop)
@@ -151,18 +174,18 @@ def _numbers(value: Any, drop: Drop) -> Any:
     for name, inner in value.items():
         if not is_name(name):
             drop([name, inner])
-        elif (number := _numbers(inner, drop)) is not GONE:
+        elif (number := numbers(inner, drop)) is not GONE:
             kept[name] = number
     return kept
 
 
-def _word(value: Any, drop: Drop) -> Any:
+def word(value: Any, drop: Drop) -> Any:
     """A word for programs, as ``chat.completion``; in lower case, because some upstreams shout."""
-    word = value.lower() if isinstance(value, str) else value
-    return _passes(word, drop, not word or (isinstance(word, str) and _WORD.fullmatch(word) is not None))
+    found = value.lower() if isinstance(value, str) else value
+    return _passes(found, drop, not found or (isinstance(found, str) and _WORD.fullmatch(found) is not None))
 
 
-def _identity(prefix: str) -> Check:
+def identity(prefix: str) -> Check:
     """An identity of the upstream's; another, always the same one, stands in for what could be a sentence."""
 
     def check(value: Any, drop: Drop) -> Any:
@@ -177,16 +200,27 @@ def _identity(prefix: str) -> Check:
 
 
 TOP_FIELDS: Final[Mapping[str, Check]] = {
-    "id": _identity("chatcmpl-"),
-    "object": _word,
+    "id": identity("chatcmpl-"),
+    "object": word,
     "created": _number,
-    "model": _identity("model-"),
-    "system_fingerprint": _identity("fp_"),
-    "service_tier": _word,
-    "usage": _numbers,
+    "model": identity("model-"),
+    "system_fingerprint": identity("fp_"),
+    "service_tier": word,
+    "usage": numbers,
 }
-CHOICE_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "finish_reason": _word}
-_CALL_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "id": _identity("call_"), "type": _word}
+MODEL_FIELDS: Final[Mapping[str, Check]] = {
+    "id": identity("model-"),
+    "object": word,
+    "type": word,
+    "created": _number,
+    "owned_by": identity("owner-"),
+    "root": identity("model-"),
+    "parent": identity("model-"),
+    "first_id": identity("model-"),
+    "last_id": identity("model-"),
+}
+CHOICE_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "finish_reason": word}
+_CALL_FIELDS: Final[Mapping[str, Check]] = {"index": _whole_number, "id": identity("call_"), "type": word}
 
 
 def without_text(
@@ -195,23 +229,23 @@ def without_text(
     """The known fields as far as they are what they should be, and the unknown ones that carry no text."""
     kept = {}
     for name, value in content.items():
-        if name in trusted or (name not in known and is_name(name) and not _carries_text(value)):
+        if name in trusted:
             kept[name] = value
         elif name in known:
             passed = known[name](value, partial(parts.drop, name, prefix=prefix))
             if passed is not GONE:
                 kept[name] = passed
         elif name != "obfuscation":
-            parts.drop(name, value, prefix)
+            parts.unknown(name, value, kept, prefix)
     return kept
 
 
 def finish_reason_of(choice: Mapping[str, Any], parts: Parts) -> str | None:
     """Why a choice has ended, None when it has not; ``stop`` stands in for what could be a sentence."""
     value = choice.get("finish_reason")
-    word = _word(value, partial(parts.drop, "finish_reason"))
-    if isinstance(word, str):
-        return word or None
+    reason = word(value, partial(parts.drop, "finish_reason"))
+    if isinstance(reason, str):
+        return reason or None
     return "stop" if isinstance(value, str) else None
 
 
@@ -225,8 +259,8 @@ def take_apart(delta: Mapping[str, Any], known: Known, parts: Parts) -> None:
         UpstreamError: when a text has a shape that nobody knows.
     """
     for name, value in delta.items():
-        if name in _TEXTS:
-            texts = [Text((of,), _TEXTS[of], text) for of, text in _texts_in(name, value) if text]
+        if name in known.texts:
+            texts = [Text((of,), known.texts[of], text) for of, text in _texts_in(name, value) if text]
             parts.texts += texts
             if not texts:
                 parts.plain[name] = None if value is None else ""
@@ -237,10 +271,10 @@ def take_apart(delta: Mapping[str, Any], known: Known, parts: Parts) -> None:
             parts.plain[name] = [call for call in calls if call is not None]
         elif name == "function_call" and isinstance(value, dict):
             parts.plain[name] = _take_function(value, (name,), known, parts)
-        elif name in known.trusted or (is_name(name) and not _carries_text(value)):
+        elif name in known.trusted:
             parts.plain[name] = value
         else:
-            parts.drop(name, value)
+            parts.unknown(name, value, parts.plain)
     joined: dict[Slot, Text] = {}
     for text in parts.texts:
         before = joined[text.slot].text if text.slot in joined else ""
@@ -288,10 +322,8 @@ def _take_function(function: Mapping[str, Any], slot: Slot, known: Known, parts:
                 kept[name] = parts.names[slot] = value
             else:
                 parts.texts.append(Text((*slot, name), Channel.TOOL_CALL, value))
-        elif is_name(name) and (not _carries_text(value) or not value):
-            kept[name] = value
         else:
-            parts.drop(name, value, "".join(f"{step}." for step in slot))
+            parts.unknown(name, value, kept, "".join(f"{step}." for step in slot))
     return kept
 
 
@@ -348,7 +380,7 @@ def turn_of(texts: Mapping[Slot, str]) -> Turn:
             calls.setdefault(slot[:-1], {})[str(slot[-1])] = text
     return Turn(
         Role.ASSISTANT,
-        _joined(texts, "content", "refusal"),
+        _joined(texts, "content", "text", "refusal"),
         reasoning_of(texts),
         tuple(ToolCall(call.get("name", ""), call.get("arguments", call.get("input", ""))) for call in calls.values()),
     )

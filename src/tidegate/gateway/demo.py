@@ -1,4 +1,4 @@
-"""A demo upstream: OpenAI's chat completions with no model in it, so that a newcomer sees the gateway work at once.
+"""A demo upstream: OpenAI's chat completions and responses without a model, so that a newcomer sees the gateway work.
 
 It streams written answers word by word, and picks one by a word of the prompt. It says of itself that it is a demo: by
 the name of its model, in the list of models and in each chunk's ``system_fingerprint``. One answer turns abusive
@@ -21,7 +21,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tidegate.gateway.schemas import ChatRequest, read_chat, read_json
+from tidegate.gateway.asked import Asked
+from tidegate.gateway.chat import ChatRequest, read_chat
+from tidegate.gateway.responses_answers import new_response, numbered
+from tidegate.gateway.responses_asked import read_responses
+from tidegate.gateway.responses_shown import events_of
+from tidegate.gateway.schemas import read_json
 from tidegate.gateway.sse import DONE, event
 from tidegate.gateway.statuses import Problem
 
@@ -151,7 +156,7 @@ def answer_to(prompt: str) -> DemoAnswer:
 
 
 def create_demo_upstream(*, delay_s: float = 0.025) -> Starlette:
-    """Make the demo upstream: ``POST /v1/chat/completions`` and ``GET /v1/models``.
+    """Make the demo upstream: ``POST /v1/chat/completions``, ``POST /v1/responses`` and ``GET /v1/models``.
 
     Args:
         delay_s: seconds between two words of a streaming answer, at least 0.
@@ -159,13 +164,19 @@ def create_demo_upstream(*, delay_s: float = 0.025) -> Starlette:
 
     async def complete(request: Request) -> Response:
         chat = read_chat(await read_json(request, longest=LONGEST_BODY))
-        if chat.model != DEMO_MODEL:
-            message = f"there is no such model: this is a demo, and its only model is {DEMO_MODEL}"
-            raise Problem(404, message, param="model", code="model_not_found")
+        _expect_demo(chat)
         answer = answer_to(chat.conversation.turns[-1].content)
         if chat.stream:
             return StreamingResponse(_events(chat, answer, delay_s), media_type="text/event-stream")
         return JSONResponse(_completion(chat, answer))
+
+    async def respond(request: Request) -> Response:
+        asked = read_responses(await read_json(request, longest=LONGEST_BODY))
+        _expect_demo(asked)
+        response = _response(asked, answer_to(asked.conversation.turns[-1].content))
+        if asked.stream:
+            return StreamingResponse(_response_events(response, delay_s), media_type="text/event-stream")
+        return JSONResponse(response)
 
     async def models(request: Request) -> Response:
         model = {"id": DEMO_MODEL, "object": "model", "created": 0, "owned_by": "tidegate", "notice": DEMO_NOTICE}
@@ -178,10 +189,17 @@ def create_demo_upstream(*, delay_s: float = 0.025) -> Starlette:
     return Starlette(
         routes=[
             Route("/v1/chat/completions", complete, methods=["POST"]),
+            Route("/v1/responses", respond, methods=["POST"]),
             Route("/v1/models", models, methods=["GET"]),
         ],
         exception_handlers={Problem: tell},
     )
+
+
+def _expect_demo(asked: Asked) -> None:
+    if asked.model != DEMO_MODEL:
+        message = f"there is no such model: this is a demo, and its only model is {DEMO_MODEL}"
+        raise Problem(404, message, param="model", code="model_not_found")
 
 
 def _head(kind: str) -> dict[str, Any]:
@@ -194,10 +212,15 @@ def _head(kind: str) -> dict[str, Any]:
     }
 
 
+def _words(asked: Asked, answer: DemoAnswer) -> tuple[int, int]:
+    """How many words were asked and are answered, since there are no tokens here."""
+    prompt = sum(len(turn.content.split()) for turn in asked.conversation.turns)
+    return prompt, sum(len(_PIECE.findall(text)) for text in (answer.reasoning, answer.content))
+
+
 def _usage(chat: ChatRequest, answer: DemoAnswer) -> dict[str, int]:
-    """In words, since there are no tokens here."""
-    prompt = sum(len(turn.content.split()) for turn in chat.conversation.turns)
-    words = sum(len(_PIECE.findall(text)) for text in (answer.reasoning, answer.content)) * chat.choices
+    prompt, words = _words(chat, answer)
+    words *= chat.choices
     return {"prompt_tokens": prompt, "completion_tokens": words, "total_tokens": prompt + words}
 
 
@@ -232,3 +255,50 @@ def _deltas(answer: DemoAnswer) -> Iterator[dict[str, str]]:
 
 def _choice(index: int, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "finish_reason": finish_reason}
+
+
+# --- responses ----------------------------------------------------------------------------------------------------
+
+
+def _response(asked: Asked, answer: DemoAnswer) -> dict[str, Any]:
+    prompt, words = _words(asked, answer)
+    thought = {
+        "id": f"rs_demo_{uuid.uuid4().hex}",
+        "type": "reasoning",
+        "status": "completed",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": answer.reasoning}],
+    }
+    said = {
+        "id": f"msg_demo_{uuid.uuid4().hex}",
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [{"type": "output_text", "text": answer.content, "annotations": []}],
+    }
+    return {
+        **new_response(asked.body, asked.model),
+        "status": "completed",
+        "output": [*([thought] if answer.reasoning else []), said],
+        "usage": {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": words,
+            "output_tokens_details": {"reasoning_tokens": len(_PIECE.findall(answer.reasoning))},
+            "total_tokens": prompt + words,
+        },
+    }
+
+
+async def _response_events(response: dict[str, Any], delay_s: float) -> AsyncIterator[bytes]:
+    begun = {**response, "status": "in_progress", "output": [], "usage": None}
+    events = [
+        {"type": "response.created", "response": begun},
+        {"type": "response.in_progress", "response": begun},
+        *(each for place, item in enumerate(response["output"]) for each in events_of(place, item, _PIECE.findall)),
+        {"type": "response.completed", "response": response},
+    ]
+    for number, content in enumerate(events):
+        if "delta" in content:
+            await asyncio.sleep(delay_s)
+        yield numbered(number, content)

@@ -4,6 +4,10 @@ How our categories are told in OpenAI's words: each of theirs has the score of t
 which is the probability that the text is not safe and of that category. PII, Politically Sensitive Topics, Copyright
 Violation and Jailbreak have no word there: a text of one of those is ``flagged`` with no category true, and our field
 says why. ``flagged`` is true when the policy does anything but allow.
+
+A guard that fails has said nothing. Where the policy's ``on_guard_error`` lets such text pass (allow, warn, review),
+``flagged`` is by the action as ever, and nothing has a score. Where it stops it, there is an error in the place of a
+result: that stops the text too, and says nothing against it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from tidegate.errors import StoreError
+from tidegate.gateway.channels import BLOCKS
+from tidegate.gateway.exchange import scope_of
 from tidegate.gateway.schemas import decision_field, mended, read_json
 from tidegate.gateway.statuses import Problem, problem_of_failure
 from tidegate.gateway.telemetry import Telemetry
@@ -57,7 +63,7 @@ _MODELS: Final = ("omni-moderation-", "text-moderation-")
 
 
 class Moderations:
-    """The endpoint. The arguments are those of `tidegate.gateway.chat.Chat`."""
+    """The endpoint. The arguments are those of `tidegate.gateway.exchange.Behind`."""
 
     def __init__(
         self,
@@ -87,12 +93,12 @@ class Moderations:
         self._check_model(body.get("model"))
         _check_fields(body)
         texts = _texts(body)
-        scope = Scope(route=request.url.path)
+        scope = scope_of(request)
         policy = self._policy.current.at(scope)
         work = [self._judge(text, f"input[{place}]", policy, scope) for place, text in enumerate(texts)]
         decisions = await asyncio.gather(*work)
         for decision, _ in decisions:
-            if decision.failure is not None:
+            if decision.failure is not None and decision.action >= BLOCKS:
                 raise problem_of_failure(decision.failure)
         results = [_result(decision, policy, identity) for decision, identity in decisions]
         return JSONResponse({"id": f"modr-{uuid.uuid4().hex}", "model": self._guard.name, "results": results})
@@ -167,27 +173,24 @@ def _refuse(message: str, *, param: str = "input", code: str = "invalid_type") -
 
 
 def _result(decision: Decision, policy: Policy, identity: str | None) -> dict[str, Any]:
-    verdict = decision.verdict
-    assert verdict is not None, "failures were told before"
+    verdict, failure = decision.verdict, decision.failure
     flagged = decision.action is not Action.ALLOW
-    scores = {name: _score(verdict, ours) for name, ours in OPENAI_CATEGORIES.items()}
-    named = {name: flagged and not set(ours).isdisjoint(verdict.categories) for name, ours in OPENAI_CATEGORIES.items()}
+    found = frozenset(verdict.categories if verdict else ())
+    odds = verdict.probabilities if verdict else None
     return {
         "flagged": flagged,
-        "categories": named,
-        "category_scores": scores,
+        "categories": {name: flagged and not found.isdisjoint(ours) for name, ours in OPENAI_CATEGORIES.items()},
+        "category_scores": {
+            name: _score(verdict, ours) if verdict else 0.0 for name, ours in OPENAI_CATEGORIES.items()
+        },
         "category_applied_input_types": {name: ["text"] for name in OPENAI_CATEGORIES},
         "tidegate": {
-            "severity": verdict.severity.word,
-            "probabilities": {
-                "safe": verdict.probabilities.safe,
-                "controversial": verdict.probabilities.controversial,
-                "unsafe": verdict.probabilities.unsafe,
-            },
-            "categories": list(verdict.categories),
-            "category_probabilities": dict(verdict.category_probabilities),
-            "refusal": verdict.refusal,
-            "guard": verdict.guard,
+            "severity": verdict.severity.word if verdict else None,
+            "probabilities": odds and {"safe": odds.safe, "controversial": odds.controversial, "unsafe": odds.unsafe},
+            "categories": list(verdict.categories) if verdict else [],
+            "category_probabilities": dict(verdict.category_probabilities) if verdict else {},
+            "refusal": verdict.refusal if verdict else None,
+            "guard": verdict.guard if verdict else failure.guard if failure else "",
             "decision": decision_field(decision, policy, path="input", identity=identity),
         },
     }

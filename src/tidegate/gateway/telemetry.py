@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import get_args
+from typing import cast, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from tidegate.guards.base import Session, StreamGuard
+from tidegate.guards.base import IdGuard, IdSession, IdText, Session, StreamGuard
 from tidegate.guards.breaker import State
 from tidegate.guards.terms import Terms, on_terms
-from tidegate.policy import Policy
+from tidegate.policy import UNJUDGED_ANSWER, UNJUDGED_REQUEST, Policy
 from tidegate.types import Channel, Conversation, Decision, TokenVerdict, Verdict
 
 __all__ = ["CONTENT_TYPE", "Telemetry", "TimedGuard"]
@@ -91,7 +91,7 @@ class Telemetry:
         self.decisions.labels(target, decision.action.word).inc()
         if decision.observed is not None:
             self.observed.labels(target, decision.action.word, decision.observed.action.word).inc()
-        if decision.failure is not None:
+        if decision.failure is not None and decision.failure not in (UNJUDGED_REQUEST, UNJUDGED_ANSWER):
             self.failures.labels(decision.failure.kind).inc()
 
     def count_failures(self, decisions: Iterable[Decision]) -> None:
@@ -148,6 +148,14 @@ class TimedGuard:
     ) -> Session:
         return _TimedSession(self._guard.open(context, channel, reasoning=reasoning, name=name), self._telemetry)
 
+    @property
+    def takes_ids(self) -> bool:
+        return isinstance(self._guard, IdGuard) and self._guard.takes_ids
+
+    async def id_text(self) -> IdText:
+        assert isinstance(self._guard, IdGuard), "only asked where ids are taken"
+        return await self._guard.id_text()
+
     def on_terms(self, terms: Terms) -> TimedGuard:
         return TimedGuard(on_terms(self._guard, terms), self._telemetry)
 
@@ -166,6 +174,14 @@ class _TimedSession:
         begun = time.perf_counter()
         try:
             return await self._session.feed(text)
+        finally:
+            self._telemetry.step_seconds.observe(time.perf_counter() - begun)
+
+    async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
+        begun = time.perf_counter()
+        session = cast(IdSession, self._session)
+        try:
+            return await session.feed_ids(ids)
         finally:
             self._telemetry.step_seconds.observe(time.perf_counter() - begun)
 

@@ -1,6 +1,7 @@
 """The LLM behind the gateway: one aiohttp client towards any OpenAI-compatible server.
 
-Says in our own errors what went wrong, and shows nothing of the upstream's headers to anybody.
+Says in our own errors what went wrong. Of the upstream's headers it shows only the identity of a request, and what is
+left of a client's own quota.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, Literal
 
 import aiohttp
 
@@ -20,7 +22,14 @@ from tidegate.errors import InputError, UpstreamError
 from tidegate.gateway.schemas import json_of, mended
 from tidegate.gateway.statuses import Problem
 
-__all__ = ["Upstream", "UpstreamAnswer", "base_of"]
+__all__ = ["KeyHeader", "Upstream", "UpstreamAnswer", "base_of"]
+
+KeyHeader = Literal["authorization", "x-api-key"]
+"""The header that shows an upstream its key: OpenAI's, or Anthropic's, beside which OpenAI's is sent too: servers that
+speak both ways, as vLLM, look for it there."""
+
+_KEY_HEADERS: Final[tuple[KeyHeader, ...]] = ("authorization", "x-api-key")
+_NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 LONGEST_ERROR: Final = 64 * 1024
 _LEAVE_S: Final = 0.25
@@ -46,6 +55,9 @@ _MESSAGES: Final = {
 }
 _WORD: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PLACE: Final = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
+_IDENTITY: Final = re.compile(r"[A-Za-z0-9_.:/@+-]{1,128}")
+_IDENTITIES: Final = ("x-request-id", "request-id")
+_QUOTAS: Final = ("x-ratelimit-", "anthropic-ratelimit-")
 _RETRY_AFTER: Final = re.compile(r"\d{1,10}|[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} GMT")
 
 
@@ -64,9 +76,10 @@ def base_of(url: str) -> str:
 class UpstreamAnswer:
     """A response of the upstream whose status and headers are here, and whose body is still to be read."""
 
-    def __init__(self, response: aiohttp.ClientResponse, longest: int) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, longest: int, *, quota: bool = False) -> None:
         self._response = response
         self._longest = longest
+        self._quota = quota
 
     @property
     def status(self) -> int:
@@ -75,6 +88,15 @@ class UpstreamAnswer:
     @property
     def media_type(self) -> str:
         return self._response.content_type
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a client may see of the headers: the request's identity, and the quota where it is the client's own."""
+        return {
+            name: value
+            for name, value in ((name.lower(), value) for name, value in self._response.headers.items())
+            if (name in _IDENTITIES or (self._quota and name.startswith(_QUOTAS))) and _IDENTITY.fullmatch(value)
+        }
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it arrives: each time all that is there.
@@ -116,7 +138,7 @@ class UpstreamAnswer:
             _word(fields.get("type"), _WORD) or "upstream_error",
             _word(fields.get("param"), _PLACE),
             _word(fields.get("code"), _WORD),
-            {"retry-after": retry} if _RETRY_AFTER.fullmatch(retry) else {},
+            self.headers | ({"retry-after": retry} if _RETRY_AFTER.fullmatch(retry) else {}),
         )
 
     def close(self) -> None:
@@ -168,7 +190,7 @@ class Upstream:
 
     Args:
         url: see `base_of`.
-        key: sent as bearer token; None sends the Authorization of each client on.
+        key: shown to the upstream; None sends the key of each client on.
         connect_timeout_s: seconds until a connection stands, greater than 0.
         silence_timeout_s: seconds that the upstream may say nothing, before its answer and in it, greater than 0.
         longest_answer: the most bytes of an answer that does not stream.
@@ -206,38 +228,56 @@ class Upstream:
 
     @asynccontextmanager
     async def request(
-        self, method: str, path: str, *, authorization: str | None, body: bytes | None = None
+        self, method: str, path: str, *, headers: Mapping[str, str] = _NO_HEADERS, body: bytes | None = None
     ) -> AsyncIterator[UpstreamAnswer]:
         """Send a request; the answer is closed with the block, whether it was read to its end or not.
 
         Raises:
             UpstreamError: when the upstream cannot be reached, or breaks off.
         """
-        answer = await self.send(method, path, authorization=authorization, body=body)
+        answer = await self.send(method, path, headers=headers, body=body)
         try:
             yield answer
         finally:
             answer.close()
 
     async def send(
-        self, method: str, path: str, *, authorization: str | None, body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        key_header: KeyHeader = "authorization",
+        body: bytes | None = None,
     ) -> UpstreamAnswer:
         """Send a request, and wait for the status. Whoever gets the answer closes it.
+
+        Args:
+            method: of HTTP.
+            path: below the base URL.
+            headers: of the client that go on, in lower case. Keys among them do not, where the gateway has its own.
+            key_header: where that own key stands.
+            body: as it is sent.
 
         Raises:
             UpstreamError: when the upstream cannot be reached, or breaks off.
         """
         if self._client is None:
             raise UpstreamError("the client towards the upstream is closed", status=503)
-        headers = {"content-type": "application/json"} if body is not None else {}
-        authorization = f"Bearer {self._key}" if self._key else authorization
-        if authorization:
-            headers["authorization"] = authorization
+        sent = dict(headers)
+        if body is not None:
+            sent["content-type"] = "application/json"
+        if self._key:
+            for name in _KEY_HEADERS:
+                sent.pop(name, None)
+            sent["authorization"] = f"Bearer {self._key}"
+            if key_header == "x-api-key":
+                sent[key_header] = self._key
         with _translated():
             response = await self._client.request(
-                method, f"{self._base}{path}", data=body, headers=headers, allow_redirects=False
+                method, f"{self._base}{path}", data=body, headers=sent, allow_redirects=False
             )
-        return UpstreamAnswer(response, self._longest)
+        return UpstreamAnswer(response, self._longest, quota=not self._key)
 
 
 class _translated:  # noqa: N801 - reads as a word

@@ -5,6 +5,7 @@
 folder or by name in the same way.
 ``cascade:FIRST,SECOND`` asks a second guard where the first is not sure; ``cascade:FILE`` says when, as data.
 ``remote:URL#MODEL`` is a Gen guard behind an OpenAI-compatible server, ``vllm-stream:URL`` a Stream guard behind vLLM.
+``tidegate:URL`` is another Tidegate, whatever guard it has.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["AdaptableGuard", "Guard", "GuardRow", "Session", "StreamGuard", "lis
 
 _SPECS: Final = (
     "expected edge, or edge:FOLDER with a folder that tidegate export wrote, or stream:FOLDER, or gen:FOLDER, "
-    "or cascade:FIRST,SECOND, or remote:URL#MODEL, or vllm-stream:URL"
+    "or cascade:FIRST,SECOND, or remote:URL#MODEL, or vllm-stream:URL, or tidegate:URL"
 )
 _CHECKPOINTS: Final = ("stream", "gen")
 
@@ -59,10 +60,11 @@ def load_guard(
     Args:
         spec: ``edge`` for the shipped one, ``edge:FOLDER`` for another folder with model, tokenizer and config;
             ``stream:FOLDER`` or ``stream:OWNER/NAME`` for a Stream checkpoint, and ``gen:FOLDER`` or ``gen:OWNER/NAME``
-            for a Gen checkpoint, which both need the extra ``torch``;
+            for a Gen checkpoint, which both need the extra ``torch``, but for folders of ``tidegate export``;
             ``cascade:FIRST,SECOND`` with the specs of two guards, or ``cascade:FILE`` with a YAML or JSON file;
             ``remote:URL[,URL...]#MODEL`` for a Gen guard behind a server or several, or ``remote:FILE``;
-            ``vllm-stream:URL[,URL...][#MODEL]`` for a Stream guard behind vLLM servers, or ``vllm-stream:FILE``.
+            ``vllm-stream:URL[,URL...][#MODEL]`` for a Stream guard behind vLLM servers, or ``vllm-stream:FILE``;
+            ``tidegate:URL`` for another Tidegate, as ``tidegate:ws://host:8080``, or ``tidegate:FILE``.
         threads: how many threads one run of the model may use; None for one, and on torch for its own choice.
         adapters: folders with LoRA adapters for a ``gen:`` guard, as peft writes them, by name. The guard itself uses
             none; its method ``adapted`` chooses one, for as little as one request.
@@ -73,7 +75,7 @@ def load_guard(
     """
     kind, _, rest = spec.partition(":")
     nameless = not rest and (kind in _CHECKPOINTS or ":" in spec)
-    if kind not in ("edge", "cascade", "remote", "vllm-stream", *_CHECKPOINTS) or nameless:
+    if kind not in ("edge", "cascade", "remote", "vllm-stream", "tidegate", *_CHECKPOINTS) or nameless:
         raise InputError(f"unknown guard {spec!r}: {_SPECS}", where="guard")
     if adapters is not None and kind != "gen":
         raise InputError(f"only gen: guards take adapters, not {kind}", where="adapters")
@@ -89,6 +91,10 @@ def load_guard(
         from tidegate.guards.vllm_stream import load_vllm_stream
 
         return load_vllm_stream(rest)
+    if kind == "tidegate":
+        from tidegate.guards.tidegate_live import load_tidegate
+
+        return load_tidegate(rest)
     if kind in _CHECKPOINTS:
         return _load_checkpoint(kind, rest, threads, adapters or {})
     from tidegate.guards.edge import EdgeGuard

@@ -6,11 +6,22 @@ choice of an answer) that arrives in pieces. A guard that cannot judge raises a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from tidegate.types import Channel, Conversation, TokenVerdict, Verdict
 
-__all__ = ["AdaptableGuard", "Guard", "Session", "StreamGuard"]
+__all__ = [
+    "AdaptableGuard",
+    "Guard",
+    "IdGuard",
+    "IdSession",
+    "IdText",
+    "Session",
+    "StreamGuard",
+    "TogetherGuard",
+    "judges_together",
+]
 
 
 class Session(Protocol):
@@ -91,6 +102,50 @@ class StreamGuard(Guard, Protocol):
         ...
 
 
+class IdSession(Session, Protocol):
+    """A session that also takes the ids of a model whose tokenizer is the guard's; nothing is then held back."""
+
+    async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
+        """Take more tokens; return the verdict of each. A session is given either text or ids.
+
+        Raises:
+            InputError: when an id stands for no text, or text was fed before; the session is then closed.
+            SessionClosed: after ``finish`` or ``close``.
+            GuardError: when the guard cannot judge; the session is then closed.
+        """
+        ...
+
+
+class IdText(Protocol):
+    """The text that the ids of one stream are."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The characters that these ids complete, as the spans of a session count them.
+
+        Raises:
+            InputError: when an id stands for no text; says which.
+        """
+        ...
+
+
+@runtime_checkable
+class IdGuard(StreamGuard, Protocol):
+    """A guard whose sessions may be `IdSession`."""
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether they are."""
+        ...
+
+    async def id_text(self) -> IdText:
+        """Begin to read the ids of one stream.
+
+        Raises:
+            GuardError: when the guard cannot say what they are.
+        """
+        ...
+
+
 @runtime_checkable
 class AdaptableGuard(StreamGuard, Protocol):
     """A guard that has adapters: small differences from one model, of which each request may have its own."""
@@ -107,3 +162,19 @@ class AdaptableGuard(StreamGuard, Protocol):
             InputError: when there is no such adapter; lists those that exist.
         """
         ...
+
+
+@runtime_checkable
+class TogetherGuard(Protocol):
+    """A guard that may judge what an assistant says together with the reasoning before it, as one text."""
+
+    @property
+    def together(self) -> bool:
+        """Whether it does."""
+        ...
+
+
+def judges_together(guard: Guard) -> bool:
+    """Whether the guard is to be told the reasoning with each text of a whole answer. Others judge it by itself only,
+    as whoever judges every text of an answer asks of them anyway."""
+    return isinstance(guard, TogetherGuard) and guard.together

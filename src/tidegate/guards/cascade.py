@@ -37,7 +37,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tidegate.errors import GuardError, GuardOverloaded, GuardTimeout, GuardUnavailable, InputError
-from tidegate.guards.base import Guard, Session, StreamGuard
+from tidegate.guards.base import Guard, Session, StreamGuard, judges_together
 from tidegate.guards.rejudged import token_verdict
 from tidegate.guards.session import TextSession, assistant_turn
 from tidegate.guards.spec_file import read_spec_file
@@ -185,6 +185,11 @@ class CascadeGuard:
     def name(self) -> str:
         """Both names, as ``cascade[edge/1, remote/1]``: that of the verdicts of streams, which both may have made."""
         return f"cascade[{self.first.name}, {self.second.name}]"
+
+    @property
+    def together(self) -> bool:
+        """Whether both guards judge reasoning together with what follows it."""
+        return judges_together(self.first) and judges_together(self.second)
 
     def open(
         self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -31,10 +31,11 @@ from tidegate.guards.terms import Terms
 from tidegate.model.answers import Scores
 from tidegate.model.onnx_backbone import is_export
 from tidegate.model.onnx_scoring import OnnxGenModel
-from tidegate.model.scoring import GenModel
-from tidegate.model.threads import computed_apart
 from tidegate.prompts import NONE, OFFICIAL, Form, LineKind, reason_form, texts_to_judge
 from tidegate.types import Channel, Conversation, Probabilities, Severity, Target, Verdict, worst
+
+if TYPE_CHECKING:
+    from tidegate.model.scoring import GenModel
 
 __all__ = ["GenGuard"]
 
@@ -87,7 +88,7 @@ class GenGuard:
         adapters: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> None:
         folders = {adapter: Path(folder) for adapter, folder in adapters.items()}
-        model = computed_apart(lambda: _load(name, dtype, device, folders, threads))
+        model = _load(name, dtype, device, folders, threads)
         settings = _settings(name, model.settings)
         self._name = f"{settings.name or 'gen'}/{settings.version or Path(name).name}"
         self._adapter: str | None = None
@@ -96,7 +97,7 @@ class GenGuard:
         self._forms = settings.forms() if forms is None else dict(forms)
         self._together = thinking == "together"
         self._longest = model.longest
-        self._ids = model.ids
+        self._ids = model.tokenizer.ids
         self._open = OpenSessions(most_sessions)
         self._worker = _Worker(model, most_waiting=most_waiting, threads=threads)
 
@@ -104,6 +105,11 @@ class GenGuard:
     def name(self) -> str:
         """Name and version: those of the config, or ``gen/`` and the name of the folder; then ``+`` and the adapter."""
         return f"{self._name}+{self._adapter}" if self._adapter else self._name
+
+    @property
+    def together(self) -> bool:
+        """Whether ``thinking`` is ``together``."""
+        return self._together
 
     def adapted(self, adapter: str | None) -> GenGuard:
         """The same guard with one of its adapters, or None for none. Costs nothing: model, thread and limits are the
@@ -234,7 +240,7 @@ class _Worker(Worker[_Work]):
     """The model and the thread that runs it."""
 
     def __init__(self, model: GenModel | OnnxGenModel, *, most_waiting: int, threads: int | None) -> None:
-        runtime = "torch" if isinstance(model, GenModel) else "ONNX Runtime"
+        runtime = "ONNX Runtime" if isinstance(model, OnnxGenModel) else "torch"
         super().__init__(thread="tidegate-gen", runtime=runtime, most_waiting=most_waiting)
         self._model: GenModel | OnnxGenModel | None = model
         self._threads = threads
@@ -284,7 +290,7 @@ def _load(
     name: str, dtype: str | None, device: str, adapters: Mapping[str, Path], threads: int | None
 ) -> GenModel | OnnxGenModel:
     if not is_export(Path(name)):
-        return GenModel.load(name, dtype=dtype, device=device, adapters=adapters)
+        return _load_checkpoint(name, dtype, device, adapters)
     if adapters:
         raise InputError("an export takes none: merge them into the checkpoint before", where="adapters")
     if dtype not in (None, "float32"):
@@ -292,6 +298,13 @@ def _load(
     if device != "cpu":
         raise InputError("an export runs on the CPU", where="device")
     return OnnxGenModel.load(Path(name), threads=threads)
+
+
+def _load_checkpoint(name: str, dtype: str | None, device: str, adapters: Mapping[str, Path]) -> GenModel:
+    from tidegate.model.scoring import GenModel  # torch, which exports do without
+    from tidegate.model.threads import computed_apart
+
+    return computed_apart(lambda: GenModel.load(name, dtype=dtype, device=device, adapters=adapters))
 
 
 class _Settings(BaseModel):

@@ -39,7 +39,7 @@ from tidegate.model.qwen_tokens import IncrementalQwenTokens, QwenTokenizer
 from tidegate.model.tokens import Token
 from tidegate.types import Channel, Conversation, Role, Severity, Span, Target, TokenVerdict, Turn, Verdict, worst
 
-__all__ = ["Logits", "Qwen3StreamSession", "QwenStreamGuard", "Stream", "confirmed", "head_readings"]
+__all__ = ["Logits", "Qwen3StreamSession", "QwenIdText", "QwenStreamGuard", "Stream", "confirmed", "head_readings"]
 
 _LONG_TEXT: Final = 2_048
 """From this many characters on, text is tokenized beside the event loop and not in it."""
@@ -128,6 +128,14 @@ class QwenStreamGuard(ABC):
     @abstractmethod
     async def _ready(self) -> None:
         """Called before anything is laid out or judged; raises GuardError when that cannot be."""
+
+    takes_ids = True
+    """Sessions take the ids of models of the Qwen3 family: see `Qwen3StreamSession.feed_ids`."""
+
+    async def id_text(self) -> QwenIdText:
+        """Begin to read the ids of one stream. Raises GuardError when the tokenizer is not to be had."""
+        await self._ready()
+        return QwenIdText(self._template.tokenizer)
 
     @property
     def sessions(self) -> int:
@@ -286,6 +294,28 @@ class QwenStreamGuard(ABC):
         return TokenVerdict(span, severity, probabilities, category, probability)
 
 
+class QwenIdText:
+    """The text that the ids of one stream are, with a replacement character for bytes that are none."""
+
+    def __init__(self, tokenizer: QwenTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._letters = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def check(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes that each of them stands for. Raises InputError when one stands for no text."""
+        pieces = []
+        for place, token_id in enumerate(ids):
+            piece = self._tokenizer.content(token_id)
+            if piece is None:
+                raise InputError(f"id {token_id} stands for no text", where=f"ids[{place}]")
+            pieces.append(piece)
+        return pieces
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The characters that these ids complete. Raises InputError when one stands for no text."""
+        return self._letters.decode(b"".join(self.check(ids)))
+
+
 class Qwen3StreamSession(TextSession):
     """One answer, one reasoning text, or the arguments of one call, in pieces.
 
@@ -309,7 +339,7 @@ class Qwen3StreamSession(TextSession):
         self._ids: Stream | None = None
         self._lead = 0
         self._covered = 0
-        self._letters: codecs.IncrementalDecoder | None = None
+        self._letters: QwenIdText | None = None
 
     async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
         """Take the next tokens of the model that writes the text; return the verdict of each.
@@ -332,17 +362,15 @@ class Qwen3StreamSession(TextSession):
         if not ids:
             return []
         lead = [] if self._text is not None else await self._lead_ids()
-        pieces = [self._guard._template.tokenizer.content(token_id) for token_id in ids]
-        if None in pieces:
-            raise InputError(f"id {ids[pieces.index(None)]} stands for no text", where="ids")
-        self._letters = self._letters or codecs.getincrementaldecoder("utf-8")("replace")
+        self._letters = self._letters or QwenIdText(self._guard._template.tokenizer)
+        self._letters.check(ids)
         verdicts: list[TokenVerdict] = []
         known = [*lead, *ids]
         for start, group in zip(range(-len(lead), len(known), _GROUP), _groups(known), strict=False):
             self._check_open()
             logits = await self._stream().feed(group)
             for index in range(max(0, -start), len(group)):
-                end = self._covered + len(self._letters.decode(pieces[start + index] or b""))
+                end = self._covered + len(self._letters.decode([ids[start + index]]))
                 verdicts.append(self._verdict(logits, index, end))
         return verdicts
 

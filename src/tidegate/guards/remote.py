@@ -202,6 +202,11 @@ class RemoteGuard:
         return f"remote/{self.config.model}"
 
     @property
+    def together(self) -> bool:
+        """What the config says."""
+        return self.config.together
+
+    @property
     def servers(self) -> tuple[Server, ...]:
         """The servers, and how each of them does."""
         return self._pool.servers

@@ -18,12 +18,12 @@ once, with its first piece of text: one that is under way is not cut because oth
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from tidegate.errors import GuardError, GuardTimeout, GuardUnavailable, InputError
-from tidegate.guards.base import Session, StreamGuard
+from tidegate.guards.base import IdGuard, IdSession, IdText, Session, StreamGuard, judges_together
 from tidegate.guards.breaker import Breaker, Call
 from tidegate.guards.session import TextSession, check_written
 from tidegate.guards.terms import Terms, on_terms
@@ -32,6 +32,7 @@ from tidegate.types import Channel, Conversation, Span, TokenVerdict, Verdict
 __all__ = ["FALLBACK_DEADLINE_S", "ResilientGuard", "TellDegraded"]
 
 T = TypeVar("T")
+_Stepping = Callable[[Session], Coroutine[Any, Any, tuple[TokenVerdict, ...]]]
 TellDegraded = Callable[[str], None]
 """Told that the fallback stood in, with the kind of the failure: the name of its class."""
 
@@ -84,6 +85,11 @@ class ResilientGuard:
         """That of the guard."""
         return self.guard.name
 
+    @property
+    def together(self) -> bool:
+        """Whether the guard judges reasoning together with what follows it."""
+        return judges_together(self.guard)
+
     def on_terms(self, terms: Terms) -> ResilientGuard:
         """The same guard with a shorter deadline, with or without degraded mode, and the rest for the guard inside."""
         termed = ResilientGuard(
@@ -132,6 +138,16 @@ class ResilientGuard:
         finally:
             if self.fallback is not None:
                 await self.fallback.close()
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether the guard takes ids; the fallback is then given the text that they are."""
+        return isinstance(self.guard, IdGuard) and self.guard.takes_ids
+
+    async def id_text(self) -> IdText:
+        """Begin to read the ids of one stream, as the guard does. Raises GuardError when it cannot."""
+        assert isinstance(self.guard, IdGuard), "only asked where ids are taken"
+        return await _in_time(self.guard.id_text(), self.deadline_s)
 
     # what the sessions share
 
@@ -197,6 +213,7 @@ class ResilientSession(TextSession):
         self._session: Session | None = None
         self._stands_in = False
         self._texts: list[str] = []
+        self._ids: IdText | None = None
         self._judged = 0
         self.signed = guard.name
         """What a verdict on this text is signed with: who judged last."""
@@ -208,13 +225,31 @@ class ResilientSession(TextSession):
         if self._session is not None:
             self._session.close()
 
+    async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
+        """Take more tokens, where the guard takes ids: see `tidegate.guards.base.IdSession`.
+
+        Raises:
+            InputError: when an id stands for no text; the session is then closed.
+            SessionClosed: after ``finish`` or ``close``.
+            GuardError: when the guard cannot judge; the session is then closed.
+        """
+        return await self._alone(lambda: self._judge_ids(ids))
+
+    async def _judge_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
+        self._ids = self._ids or await self._guard.id_text()
+        text = self._ids.decode(ids)
+        return await self._judged_by(text, lambda session: cast(IdSession, session).feed_ids(ids), last=False)
+
     async def _judge(self, text: str, *, last: bool) -> tuple[TokenVerdict, ...]:
+        return await self._judged_by(text, lambda session: self._stepping(session, text, last=last), last=last)
+
+    async def _judged_by(self, text: str, step: _Stepping, *, last: bool) -> tuple[TokenVerdict, ...]:
         if self._guard.stands_in and not self._stands_in:
             self._texts.append(text)
         if self._stands_in:
             return self._after(await self._step(text, last=last, deadline_s=FALLBACK_DEADLINE_S))
         try:
-            tokens = await self._by_guard(text, last=last)
+            tokens = await self._by_guard(step)
         except Exception as error:  # whatever goes wrong inside the guard, the fallback can still judge
             if self._closed or not self._guard.stands_in:
                 raise
@@ -223,7 +258,7 @@ class ResilientSession(TextSession):
             self._judged = tokens[-1].span.end
         return tokens
 
-    async def _by_guard(self, text: str, *, last: bool) -> tuple[TokenVerdict, ...]:
+    async def _by_guard(self, step: _Stepping) -> tuple[TokenVerdict, ...]:
         call = None
         if self._session is None:
             call = self._guard.permit()
@@ -234,7 +269,7 @@ class ResilientSession(TextSession):
                 raise
         elif self._guard.breaker is not None and self._guard.breaker.state == "closed":
             call = self._guard.permit()
-        return await self._guard.called(call, self._stepping(self._session, text, last=last))
+        return await self._guard.called(call, step(self._session))
 
     async def _change_over(self, error: Exception, *, last: bool) -> tuple[TokenVerdict, ...]:
         """Let the fallback read the text from its beginning, and go on from there."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tidegate.engine.engine import Engine, Handle, Metrics
 from tidegate.engine.onnx_runner import OnnxStream
@@ -16,13 +16,14 @@ from tidegate.engine.scheduler import Limits
 from tidegate.errors import GuardUnavailable, InputError
 from tidegate.guards.edge_config import Reading as HeadReading
 from tidegate.guards.qwen_stream import Qwen3StreamSession, QwenStreamGuard, confirmed, head_readings
-from tidegate.model.loading import checkpoint_folder, load_stream, read_config
+from tidegate.model.folders import checkpoint_folder, read_config
 from tidegate.model.onnx_backbone import OnnxBackbone, is_export
 from tidegate.model.qwen_template import QwenTemplate
 from tidegate.model.qwen_tokens import QwenTokenizer
-from tidegate.model.stream import Qwen3ForGuardModel
-from tidegate.model.threads import computed_apart, use_threads
 from tidegate.types import Target
+
+if TYPE_CHECKING:
+    from tidegate.model.stream import Qwen3ForGuardModel
 
 __all__ = ["Qwen3StreamGuard", "Qwen3StreamSession", "confirmed"]
 
@@ -74,9 +75,7 @@ class Qwen3StreamGuard(QwenStreamGuard):
         if is_export(folder):
             model = _load_export(folder, dtype, device, threads)
         else:
-            if threads is not None:
-                use_threads(threads)
-            model = computed_apart(lambda: _load(folder, dtype, device, custom))
+            model = _load(folder, dtype, device, custom, threads)
         self._window = min(int(model.config.max_position_embeddings), positions)
         _check_vocabulary(folder, self._template.tokenizer, int(model.config.vocab_size))
         self._engine = Engine(
@@ -147,9 +146,14 @@ def _load_export(folder: Path, dtype: str, device: str, threads: int | None) -> 
     return OnnxStream(OnnxBackbone(folder, threads=threads))
 
 
-def _load(folder: Path, dtype: str, device: str, custom: Collection[str]) -> Qwen3ForGuardModel:
+def _load(folder: Path, dtype: str, device: str, custom: Collection[str], threads: int | None) -> Qwen3ForGuardModel:
+    from tidegate.model.loading import load_stream  # torch, which exports do without
+    from tidegate.model.threads import computed_apart, use_threads
+
+    if threads is not None:
+        use_threads(threads)
     try:
-        return load_stream(folder, dtype=dtype, device=device, custom=custom)
+        return computed_apart(lambda: load_stream(folder, dtype=dtype, device=device, custom=custom))
     except InputError as error:
         if error.where == "dtype":
             raise

@@ -187,7 +187,7 @@ class _Config(BaseModel):
     alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     use_rslora: bool = False
     bias: Literal["none"] = "none"
-    init_lora_weights: bool | Literal["gaussian", "orthogonal", "eva"] = True
+    init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "eva"] = True
     """The ways to begin a training that leave the weights of the base as they are."""
     layers_pattern: Literal["layers"] | list[Literal["layers"]] | None = None
 

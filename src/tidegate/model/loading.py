@@ -8,14 +8,12 @@ brought to its type and device, and put in its place, so that no more than one o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Qwen3Config
@@ -23,9 +21,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from tidegate.errors import GuardUnavailable, InputError
 from tidegate.model.checkpoints import head_labels
+from tidegate.model.folders import INDEX, WEIGHTS, checkpoint_folder, read_config, read_json
 from tidegate.model.stream import GROUPED_ATTENTION, Qwen3ForGuardModel
 
-__all__ = ["DTYPES", "checkpoint_folder", "load_stream", "read_config"]
+__all__ = ["DTYPES", "load_stream"]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -35,10 +34,6 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 """The types a model can be loaded in, by name."""
 
 _STORED_DTYPES: Final[Mapping[str, str]] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_WEIGHTS: Final = "model.safetensors"
-_INDEX: Final = "model.safetensors.index.json"
-_FILES: Final = ("config.json", "*.safetensors", _INDEX, "tokenizer.json", "tokenizer_config.json")
-"""What is fetched of a repository: nothing that could be run."""
 
 _SIZES: Final = (
     "vocab_size",
@@ -125,46 +120,6 @@ def load_stream(
     return model
 
 
-def checkpoint_folder(source: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: ``source`` itself when it is one, else the local copy of a repository on the hub.
-
-    Raises:
-        InputError: when a revision is asked of a folder.
-        GuardUnavailable: when there is no such folder, and the hub does not have it or cannot be reached.
-    """
-    if Path(source).is_dir():
-        if revision is not None:
-            raise InputError("a folder has no revisions", where="revision")
-        return Path(source)
-    if isinstance(source, Path):
-        raise GuardUnavailable(f"{source} is not a folder")
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(_FILES)))
-    except Exception as error:  # the hub's client raises what its HTTP client raises, which differs by version
-        raise GuardUnavailable(
-            f"{source} is neither a folder nor a repository that could be fetched: {type(error).__name__}"
-        ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint, as it stands.
-
-    Raises:
-        GuardUnavailable: when it is missing or not JSON.
-        InputError: when it is not the config of a Stream checkpoint.
-    """
-    config = _read_json(folder / "config.json")
-    if config.get("model_type") != "qwen3" or "Qwen3ForGuardModel" not in (config.get("architectures") or []):
-        raise InputError(
-            "expected model_type qwen3 and the architecture Qwen3ForGuardModel", where=f"{folder / 'config.json'}"
-        )
-    if config.get("quantization_config"):
-        raise InputError("quantized checkpoints are not read", where="config.quantization_config")
-    if config.get("use_sliding_window"):
-        raise InputError("sliding windows are not supported", where="config.use_sliding_window")
-    return config
-
-
 @dataclass(frozen=True, slots=True)
 class _Stored:
     """A tensor in a file: what its header says."""
@@ -239,12 +194,12 @@ def _stored_dtype(stored: Mapping[str, _Stored]) -> str:
 
 def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     """Every tensor of the files by name, from their headers."""
-    files = [folder / _WEIGHTS]
-    index = folder / _INDEX
+    files = [folder / WEIGHTS]
+    index = folder / INDEX
     placed: Mapping[str, str] = {}
     if not files[0].is_file():
         if not index.is_file():
-            raise GuardUnavailable(f"{folder} has neither {_WEIGHTS} nor {_INDEX}")
+            raise GuardUnavailable(f"{folder} has neither {WEIGHTS} nor {INDEX}")
         placed = _weight_map(index)
         files = [folder / name for name in sorted(set(placed.values()))]
     stored: dict[str, _Stored] = {}
@@ -259,7 +214,7 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    placed = _read_json(index).get("weight_map")
+    placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise GuardUnavailable(f"{index} has no weight_map")
     for name in placed.values():
@@ -311,18 +266,6 @@ def _tensors(
 def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, last = name.rpartition(".")
     setattr(model.get_submodule(path), last, nn.Parameter(tensor, requires_grad=False))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GuardUnavailable(f"{path} cannot be read") from error
-    except ValueError as error:
-        raise GuardUnavailable(f"{path} is not JSON") from error
-    if not isinstance(value, dict):
-        raise GuardUnavailable(f"{path} does not hold a JSON object")
-    return value
 
 
 def _some(names: list[str]) -> str:

@@ -91,6 +91,11 @@ class OnnxGenModel:
         configured = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
         return cls(OnnxBackbone(folder, threads=threads), tokenizer, end_ids(configured.get("eos_token_id"), tokenizer))
 
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """What makes the ids of a prompt. Holds nothing of the model, so that whoever keeps it keeps no weights."""
+        return self._tokenizer
+
     def ids(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt. Safe to call from any thread, also while `score` runs."""
         return self._tokenizer.ids(prompt)

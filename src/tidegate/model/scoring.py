@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -21,19 +22,22 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Model
 
 from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict
 from tidegate.model.adapters import Adapters
 from tidegate.model.answers import FLOOR, Row, Scores, common_beginning, end_ids, follow
 from tidegate.model.draft_tree import ROOT, DraftTree
-from tidegate.model.loading import DTYPES, checkpoint_folder
+from tidegate.model.folders import checkpoint_folder
+from tidegate.model.loading import DTYPES
 from tidegate.model.prompt_tokens import PromptTokenizer
 from tidegate.model.stream import GROUPED_ATTENTION
 from tidegate.prompts import Form, Prompt
 
 __all__ = ["FLOOR", "GenModel", "Scores"]
 
+_CACHE: Final = "cache" if "cache" in signature(Qwen3Model.forward).parameters else "past_key_values"
+"""What transformers calls a cache: the first from 5.24 on."""
 _CHUNK: Final = 1024
 """Most positions of one prompt in one pass: a mask of more would be large."""
 _ROOM: Final = 128
@@ -107,6 +111,11 @@ class GenModel:
         except Exception as error:  # the libraries raise dozens of kinds
             why = (str(error) or type(error).__name__).splitlines()[0]
             raise GuardUnavailable(f"{name} cannot be loaded as a Gen guard: {why}") from error
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """What makes the ids of a prompt. Holds nothing of the model, so that whoever keeps it keeps no weights."""
+        return self._tokenizer
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt. Safe to call from any thread, also while `score` runs."""
@@ -229,8 +238,8 @@ class GenModel:
                 input_ids=padded.to(self._device),
                 attention_mask=mask[:, None].to(self._device),
                 position_ids=positions.to(self._device),
-                past_key_values=columns,
                 use_cache=True,
+                **{_CACHE: columns},
             )
         columns.used += width
         return output.last_hidden_state

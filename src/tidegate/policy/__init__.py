@@ -34,6 +34,8 @@ from __future__ import annotations
 from tidegate.policy.deciding import (
     DEFAULT_MESSAGE,
     RESERVED_NAMES,
+    UNJUDGED_ANSWER,
+    UNJUDGED_REQUEST,
     Policy,
     ScopedPolicy,
     decide,
@@ -43,7 +45,17 @@ from tidegate.policy.deciding import (
 from tidegate.policy.explaining import Explanation, explain
 from tidegate.policy.reading import FIELDS, MAX_BYTES, PRESETS, load_policy, parse_policy
 from tidegate.policy.replaying import Change, Replay
-from tidegate.policy.rules import Controversial, Degraded, Layer, LayerKind, OnGuardError, Retention, Rule
+from tidegate.policy.rules import (
+    Controversial,
+    Degraded,
+    Layer,
+    LayerKind,
+    OnGuardError,
+    Retention,
+    Rule,
+    UnjudgedAnswer,
+    UnjudgedRequest,
+)
 from tidegate.policy.watching import PolicySource, WatchedPolicy
 
 __all__ = [
@@ -52,6 +64,8 @@ __all__ = [
     "MAX_BYTES",
     "PRESETS",
     "RESERVED_NAMES",
+    "UNJUDGED_ANSWER",
+    "UNJUDGED_REQUEST",
     "Change",
     "Controversial",
     "Degraded",
@@ -65,6 +79,8 @@ __all__ = [
     "Retention",
     "Rule",
     "ScopedPolicy",
+    "UnjudgedAnswer",
+    "UnjudgedRequest",
     "WatchedPolicy",
     "decide",
     "decide_token",

@@ -17,6 +17,8 @@ from tidegate.policy.rules import (
     OnGuardError,
     Retention,
     Rule,
+    UnjudgedAnswer,
+    UnjudgedRequest,
     canonical_rule,
 )
 from tidegate.types import (
@@ -35,11 +37,32 @@ from tidegate.types import (
     Verdict,
 )
 
-__all__ = ["DEFAULT_MESSAGE", "RESERVED_NAMES", "Policy", "ScopedPolicy", "decide", "decide_token"]
+__all__ = [
+    "DEFAULT_MESSAGE",
+    "RESERVED_NAMES",
+    "UNJUDGED_ANSWER",
+    "UNJUDGED_REQUEST",
+    "Policy",
+    "ScopedPolicy",
+    "decide",
+    "decide_token",
+]
 
 DEFAULT_MESSAGE: Final = "This content was stopped by a safety policy."
-RESERVED_NAMES: Final = ("otherwise", "on_guard_error", "controversial", "observe")
+RESERVED_NAMES: Final = (
+    "otherwise",
+    "on_guard_error",
+    "controversial",
+    "observe",
+    "unjudged_request",
+    "unjudged_answer",
+)
 """Names that a decision gives when no rule of the file chose; a rule cannot take them."""
+
+UNJUDGED_REQUEST: Final = GuardFailure("UnjudgedRequest", "the request has text that no guard can judge")
+UNJUDGED_ANSWER: Final = GuardFailure("UnjudgedAnswer", "the answer has text that no guard can judge")
+UNJUDGED: Final = {UNJUDGED_REQUEST.kind: "unjudged_request", UNJUDGED_ANSWER.kind: "unjudged_answer"}
+"""Failures that are no guard's fault, and the setting that decides them."""
 
 _REPLACED: Final = (
     "otherwise",
@@ -48,6 +71,8 @@ _REPLACED: Final = (
     "retention",
     "degraded",
     "deadline_ms",
+    "unjudged_request",
+    "unjudged_answer",
     "observe",
     "message",
 )
@@ -79,6 +104,10 @@ class Policy:
             ``on_guard_error`` is done.
         deadline_ms: milliseconds that the guard may take for a text or a piece of one, at least 1; None for as long as
             whoever asks it lets it.
+        unjudged_request: whether a request may have text that no guard can judge: in pictures, sound and files, in
+            fields that we do not know, as token ids.
+        unjudged_answer: what is done about text of an answer that no guard can judge: words that the model did not
+            choose (``top_logprobs``), and fields that we do not know.
         observe: nothing is enforced: every decision is ALLOW, and says what it would have been.
         instructions: told to a generative guard beside its own policy; "" for none.
         layers: what is different for a region, a tenant, or a route. A policy that `at` gave has none.
@@ -103,6 +132,8 @@ class Policy:
     deadline_ms: int | None = None
     observe: bool = False
     instructions: str = ""
+    unjudged_request: UnjudgedRequest = "pass"
+    unjudged_answer: UnjudgedAnswer = "drop"
     layers: tuple[Layer, ...] = ()
     version: str = field(init=False)
     _at: dict[Scope, Policy] = field(init=False, repr=False, compare=False, default_factory=dict)
@@ -162,6 +193,8 @@ class Policy:
         said: dict[str, object] = {
             "degraded": "" if self.degraded == "none" else self.degraded,
             "deadline_ms": self.deadline_ms,
+            "unjudged_request": "" if self.unjudged_request == "pass" else self.unjudged_request,
+            "unjudged_answer": "" if self.unjudged_answer == "drop" else self.unjudged_answer,
             "observe": self.observe,
             "instructions": self.instructions,
             "layers": [layer.canonical() for layer in sorted(self.layers, key=lambda one: (one.height, one.pattern))],
@@ -206,6 +239,12 @@ class Policy:
         object.__setattr__(laid, "version", self.version)
         return laid
 
+    def only_observed(self) -> Policy:
+        """The same, only observed: for who wants to know what is said, and does nothing. Its version is the same."""
+        other = replace(self, observe=True, layers=tuple(replace(layer, observe=None) for layer in self.layers))
+        object.__setattr__(other, "version", self.version)
+        return other
+
     def for_scope(self, scope: Scope, target: Target) -> ScopedPolicy:
         """The part of this policy that concerns a scope and target, compiled; computed once for each pair.
 
@@ -222,10 +261,12 @@ class Policy:
     # what it says
 
     def on_failure(self, kind: str) -> Action:
-        """What is done when the guard cannot judge, by the kind of failure; where nothing is enforced, what would be.
+        """What is done when nobody could judge, by the kind of failure; where nothing is enforced, what would be.
 
         ``kind`` is that of a GuardFailure: the name of its exception's class. Layers do not count: ask `at` first.
         """
+        if kind in UNJUDGED:
+            return Action.BLOCK if getattr(self, UNJUDGED[kind]) == "refuse" else Action.ALLOW
         return OnGuardError(self.on_guard_error, self.failure_actions).action(kind)
 
     def message_for(self, rule: str) -> str:
@@ -366,7 +407,7 @@ class ScopedPolicy:
     def _choose_on_failure(self, failure: GuardFailure, coverage: tuple[Coverage, ...]) -> Decision:
         return Decision(
             self.policy.on_failure(failure.kind),
-            "on_guard_error",
+            UNJUDGED.get(failure.kind, "on_guard_error"),
             self.policy.name,
             self.policy.version,
             failure=failure,

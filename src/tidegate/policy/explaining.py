@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tidegate.policy.deciding import Policy, ScopedPolicy, decide
+from tidegate.policy.deciding import UNJUDGED, Policy, ScopedPolicy, decide
 from tidegate.policy.rules import FAILURE_KINDS, SETTINGS, Rule
 from tidegate.types import Category, Decision, GuardFailure, Scope, Severity, Target, Verdict
 
@@ -135,6 +135,11 @@ def _value(policy: Policy, name: str) -> str:
 
 
 def _because_of_failure(decision: Decision, failure: GuardFailure, settings: tuple[Setting, ...]) -> str:
+    setting = UNJUDGED.get(failure.kind)
+    if setting is not None:
+        chosen = next(each for each in settings if each.name == setting)
+        because = f"{failure.message}, and {setting} of {chosen.layer} says {chosen.value}"
+        return because if decision.rule == setting else f"{because}; but the policy is only observed here"
     kind = FAILURE_KINDS.get(failure.kind, DEFAULT)
     layer = next(each.layer for each in settings if each.name == "on_guard_error")
     seen = decision.observed

@@ -24,6 +24,8 @@ from tidegate.policy.rules import (
     OnGuardError,
     Retention,
     Rule,
+    UnjudgedAnswer,
+    UnjudgedRequest,
     covers,
 )
 from tidegate.types import CATEGORIES, Action, Advice, Category, Severity, Target
@@ -307,6 +309,8 @@ def _read_settings(keys: Mapping[str, _At], categories: Sequence[str]) -> dict[s
         "retention": lambda at: _read_literal(at, Retention, "retention"),
         "degraded": lambda at: _read_literal(at, Degraded, "guard for when the guard fails"),
         "deadline_ms": lambda at: at.whole_number(1, _LONGEST_DEADLINE_MS),
+        "unjudged_request": lambda at: _read_literal(at, UnjudgedRequest, "treatment"),
+        "unjudged_answer": lambda at: _read_literal(at, UnjudgedAnswer, "treatment"),
         "observe": _At.yes_or_no,
         "message": _read_message,
         "instructions": _read_instructions,

@@ -23,11 +23,15 @@ __all__ = [
     "OnGuardError",
     "Retention",
     "Rule",
+    "UnjudgedAnswer",
+    "UnjudgedRequest",
 ]
 
 Controversial = Literal["safe", "unsafe", "review"]
 Retention = Literal["full", "redacted", "hash"]
 Degraded = Literal["none", "edge"]
+UnjudgedRequest = Literal["pass", "refuse"]
+UnjudgedAnswer = Literal["drop", "pass", "refuse"]
 LayerKind = Literal["region", "tenant", "route"]
 
 LAYER_KINDS: Final[tuple[LayerKind, ...]] = ("region", "tenant", "route")
@@ -41,6 +45,8 @@ SETTINGS: Final = (
     "retention",
     "degraded",
     "deadline_ms",
+    "unjudged_request",
+    "unjudged_answer",
     "observe",
     "message",
     "instructions",
@@ -224,6 +230,8 @@ class Layer:
         retention: as in `Policy`.
         degraded: as in `Policy`.
         deadline_ms: as in `Policy`.
+        unjudged_request: as in `Policy`.
+        unjudged_answer: as in `Policy`.
         observe: as in `Policy`.
         message: as in `Policy`.
         thresholds: laid over those below, category by category.
@@ -245,6 +253,8 @@ class Layer:
     message: str | None = None
     thresholds: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     instructions: str | None = None
+    unjudged_request: UnjudgedRequest | None = None
+    unjudged_answer: UnjudgedAnswer | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
@@ -275,6 +285,8 @@ class Layer:
             "retention": self.retention,
             "degraded": self.degraded,
             "deadline_ms": self.deadline_ms,
+            "unjudged_request": self.unjudged_request,
+            "unjudged_answer": self.unjudged_answer,
             "observe": self.observe,
             "message": self.message,
             "instructions": self.instructions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import uuid
 import weakref
@@ -20,6 +21,7 @@ from tidegate.errors import StoreError
 from tidegate.policy import Retention
 from tidegate.store import deletions
 from tidegate.store.database import Database, DatabaseDown
+from tidegate.store.keys import Keys
 from tidegate.store.retention import (
     conversation_from_json,
     conversation_to_json,
@@ -249,6 +251,15 @@ class Store:
         """
         self._check_open()
         self._upkeep.replay()
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of clients, in the same database."""
+        return Keys(self._database, self._key)
+
+    def derived_key(self, purpose: str) -> bytes:
+        """A key of 32 bytes for this purpose, made of the store's: the same for all processes that have that."""
+        return hmac.digest(self._key, f"tidegate {purpose}".encode(), "sha256")
 
     def state(self) -> StoreState:
         """How the store is; see `StoreState`."""

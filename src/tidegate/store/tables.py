@@ -12,7 +12,17 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-__all__ = ["BigNumber", "Json", "Row", "UtcTime", "decisions_table", "deletions_table", "keys_table", "metadata"]
+__all__ = [
+    "BigNumber",
+    "Json",
+    "Row",
+    "UtcTime",
+    "client_keys_table",
+    "decisions_table",
+    "deletions_table",
+    "keys_table",
+    "metadata",
+]
 
 Row = dict[str, Any]
 
@@ -111,3 +121,30 @@ keys_table = sa.Table(
     sa.Column("time", UtcTime, nullable=False),
 )
 """The names of the keys that fingerprints here were made with; never the keys."""
+
+client_keys_table = sa.Table(
+    "client_keys",
+    metadata,
+    sa.Column("id", sa.String(16), primary_key=True),
+    sa.Column("version", sa.BigInteger, nullable=False, index=True),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("tenant", sa.String(200), nullable=False, index=True),
+    sa.Column("region", sa.String(200)),
+    sa.Column("adapter", sa.String(200)),
+    sa.Column("doors", Json, nullable=False),
+    sa.Column("per_minute", sa.Integer),
+    sa.Column("burst", sa.Integer),
+    sa.Column("concurrent", sa.Integer),
+    sa.Column("created", UtcTime, nullable=False),
+    sa.Column("expires", UtcTime),
+    sa.Column("rotated", UtcTime),
+    sa.Column("revoked", UtcTime),
+    sa.Column("secret_hash", sa.String(64), nullable=False),
+    sa.Column("old_hash", sa.String(64)),
+    sa.Column("old_until", UtcTime),
+    sa.CheckConstraint("(old_hash IS NULL) = (old_until IS NULL)", name="old_secret_ends"),
+)
+"""What clients show to be let in; see `tidegate.store.keys`. Rows are never deleted.
+
+Each change of a row gives it the next ``version``, under a lock, so that what changed since a version can be asked for.
+"""

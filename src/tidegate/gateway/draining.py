@@ -1,0 +1,45 @@
+"""WebSockets that are told when the server stops, so that what is under way can end properly.
+
+uvicorn closes every WebSocket at once when it is told to stop. `DrainingWebSockets` tells the application instead,
+which closes the connection when it is done; uvicorn still waits no longer than its ``timeout_graceful_shutdown``. An
+application under another server is closed as that server does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Final
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+__all__ = ["DrainingWebSockets", "told_to_stop"]
+
+_EXTENSION: Final = "tidegate.draining"
+
+
+def told_to_stop(scope: Mapping[str, Any]) -> asyncio.Event:
+    """Set when the server of this connection is told to stop; never, under a server that does not say it."""
+    event = scope.get("extensions", {}).get(_EXTENSION, {}).get("event")
+    return event if isinstance(event, asyncio.Event) else asyncio.Event()
+
+
+class DrainingWebSockets(WebSocketsSansIOProtocol):
+    """uvicorn's WebSockets; hand it to ``uvicorn.Config`` as ``ws``."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._stopping = asyncio.Event()
+
+    def handle_connect(self, event: Any) -> None:
+        """The application runs after this: it finds the event in its scope."""
+        super().handle_connect(event)
+        scope: dict[str, Any] = getattr(self, "scope", {})
+        scope.get("extensions", {})[_EXTENSION] = {"event": self._stopping}
+
+    def shutdown(self) -> None:
+        """Called by uvicorn when it is told to stop."""
+        if self.handshake_complete and not self.close_sent:
+            self._stopping.set()
+        else:
+            super().shutdown()

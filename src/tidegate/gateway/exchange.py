@@ -1,0 +1,529 @@
+"""The life of one exchange, whatever the door: a judge between a client and any upstream.
+
+The prompt is judged while the upstream already starts; nothing of its answer is read before the prompt's decision is
+there. Then the answer goes through the door's own judge. Every decision is kept before the client sees the end of the
+exchange, also when the client hangs up in the middle: that ends the upstream's request and closes every session.
+A client that stays but stops reading is given up after a while, as if it had hung up.
+
+A `Door` knows one protocol: how a request reads, how an answer is judged, how a refusal and an error look. It has no
+sockets. An `Endpoint` is a door that stands open: what Starlette routes to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from tidegate.errors import StoreError, TidegateError, UpstreamError
+from tidegate.gateway import sse
+from tidegate.gateway.asked import Asked, PromptText
+from tidegate.gateway.channels import BLOCKS, Judging
+from tidegate.gateway.schemas import decision_field, read_body, worst_decision
+from tidegate.gateway.statuses import Problem, problem_of
+from tidegate.gateway.telemetry import Telemetry
+from tidegate.gateway.upstream import KeyHeader, Upstream, UpstreamAnswer
+from tidegate.guards.base import StreamGuard
+from tidegate.moderate import Keep, moderate, surely
+from tidegate.policy import UNJUDGED_REQUEST, Policy, PolicySource, Retention, decide
+from tidegate.types import Conversation, Coverage, CoverageState, Decision, Scope
+
+__all__ = ["Behind", "Door", "Endpoint", "Watch", "scope_of"]
+
+A = TypeVar("A", bound=Asked)
+T = TypeVar("T")
+
+_log = logging.getLogger("tidegate.gateway")
+_EVENT_STREAM: Final = "text/event-stream"
+_UNJUDGED: Final = "there is text here that no guard can judge, and the policy takes no such request"
+_NO_UPSTREAM: Final = "this gateway has no upstream: start it with one"
+
+
+# --- what a door is -----------------------------------------------------------------------------------------------
+
+
+class Watch(Protocol):
+    """A streaming answer on its way through: the upstream's bytes in, the client's bytes out.
+
+    `tidegate.gateway.answers.AnswerStream` is one.
+
+    Attributes:
+        done: whether all is said: what comes from the upstream after that is of no use.
+        complete: whether the upstream itself said that it has no more to say.
+        error: what went wrong with the upstream; None when nothing did.
+        released: how many characters of text went out.
+    """
+
+    done: bool
+    complete: bool
+    error: UpstreamError | None
+    released: int
+
+    @property
+    def held(self) -> int:
+        """How many characters are held now."""
+        ...
+
+    async def feed(self, data: bytes) -> bytes:
+        """Take what the upstream sent; returns what may go to the client now. Raises StoreError."""
+        ...
+
+    async def end(self, error: UpstreamError | None = None) -> bytes:
+        """The upstream has no more to say, or broke off; returns the end for the client. Raises StoreError."""
+        ...
+
+    async def close(self) -> None:
+        """Nobody listens any more: give everything back, and keep the decisions so far. Raises StoreError."""
+        ...
+
+
+class Door(Protocol[A]):
+    """One protocol that clients speak.
+
+    Attributes:
+        route: where clients find it, as ``/v1/chat/completions``.
+        path: the same below the upstream's base URL, as ``/chat/completions``.
+        key_header: how the upstream is shown the gateway's own key, where it has one.
+        headers: the names of the client's headers that go on, in lower case. Those that carry a key
+            (``authorization``, ``x-api-key``) go on only where the gateway has no key of its own.
+    """
+
+    @property
+    def route(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def key_header(self) -> KeyHeader: ...
+
+    @property
+    def headers(self) -> tuple[str, ...]: ...
+
+    def read(self, body: dict[str, Any], *, judge_system: bool) -> A:
+        """Understand a request. Raises Problem: 400, with the place of what is wrong."""
+        ...
+
+    def refusal(self, asked: A, message: str, field: dict[str, Any]) -> dict[str, Any]:
+        """A whole answer to a blocked prompt: the policy's message, and the field ``tidegate``."""
+        ...
+
+    def refusal_events(self, asked: A, message: str, field: dict[str, Any]) -> bytes:
+        """The same as an event stream, from its first event to its last."""
+        ...
+
+    def watch(self, asked: A, judging: Judging) -> Watch:
+        """What judges an answer that streams."""
+        ...
+
+    async def judge(self, asked: A, answer: Any, judging: Judging) -> dict[str, Any]:
+        """Judge a whole answer; returns what may go to the client.
+
+        Raises:
+            UpstreamError: when it is not an answer of this protocol.
+            StoreError: when a decision could not be kept.
+        """
+        ...
+
+    def error(self, problem: Problem) -> dict[str, Any]:
+        """The body of an error."""
+        ...
+
+    def error_event(self, problem: Problem) -> bytes:
+        """An error in the middle of an event stream."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """What stands behind every door.
+
+    Attributes:
+        guard: judges prompts and answers.
+        policy: where the policy in force is; each exchange is decided by one, from its beginning to its end.
+        keep: where decisions go; None for nowhere.
+        upstream: the LLM; None when there is none, which is an error for every request.
+        telemetry: counts.
+        longest_body: the most bytes of a request.
+        guard_timeout_s: seconds that the guard may take for each step; None for as long as it wants.
+        client_timeout_s: seconds that the client may take nothing of what is sent; None for as long as it wants.
+        trusted: names of upstream fields that the operator says carry no text of the model.
+        judge_system: whether system and developer turns are judged too.
+    """
+
+    guard: StreamGuard
+    policy: PolicySource
+    keep: Keep | None
+    upstream: Upstream | None
+    telemetry: Telemetry
+    longest_body: int
+    guard_timeout_s: float | None
+    client_timeout_s: float | None
+    trusted: frozenset[str] = frozenset()
+    judge_system: bool = False
+
+
+def scope_of(request: Request, subject: str | None = None) -> Scope:
+    """For whom a request is decided, ``subject`` by the id that the client gives that person.
+
+    ``tenant`` and ``region`` are what a middleware left in the request's state under these names.
+    """
+    return Scope(
+        tenant=_word_of(request, "tenant"),
+        region=_word_of(request, "region"),
+        route=request.url.path,
+        language=None,  # of the conversation: nobody tells it yet
+        subject=subject,
+    )
+
+
+def _word_of(request: Request, name: str) -> str | None:
+    value = getattr(request.state, name, None)
+    return value if isinstance(value, str) and value else None
+
+
+class Endpoint(Generic[A]):
+    """A door that stands open.
+
+    Args:
+        door: which protocol is spoken.
+        behind: what stands behind it.
+    """
+
+    def __init__(self, door: Door[A], behind: Behind) -> None:
+        self.door = door
+        self.behind = behind
+
+    async def answer(self, request: Request) -> ASGIApp:
+        """Read the request; what is returned carries the exchange out, or tells what is wrong with it."""
+        behind = self.behind
+        try:
+            if behind.upstream is None:
+                raise Problem(
+                    503, "this gateway has no upstream: start it with one", "server_error", None, "no_upstream"
+                )
+            body = await read_body(request, longest=behind.longest_body)
+            asked = self.door.read(body.value, judge_system=behind.judge_system)
+        except Problem as problem:
+            return self.tell(problem)
+        except RecursionError:
+            return self.tell(Problem(400, "the body is nested too deep", code="invalid_json"))
+        headers = {name: request.headers[name] for name in self.door.headers if name in request.headers}
+        return _Exchange(self, behind.upstream, asked, scope_of(request, asked.subject), headers, body.sent(asked.body))
+
+    def tell(self, problem: Problem) -> JSONResponse:
+        """An error in the shape of this door."""
+        return JSONResponse(self.door.error(problem), problem.status, dict(problem.headers))
+
+    async def keep(
+        self, decision: Decision, conversation: Conversation, target: str, retention: Retention
+    ) -> str | None:
+        """Count a decision and keep it, to the end even when the client goes away meanwhile; returns its id, if any.
+
+        Raises:
+            StoreError: when it could not be kept.
+        """
+        self.behind.telemetry.count(decision, target)
+        if self.behind.keep is None:
+            return None
+        try:
+            return await surely(self.behind.keep(decision, conversation, retention=retention))
+        except Exception as error:  # whatever keeps a decision from being kept must not pass for success
+            _log.error("a decision could not be kept: %s", type(error).__name__)
+            raise StoreError("a decision could not be kept") from error
+
+
+# --- one exchange -------------------------------------------------------------------------------------------------
+
+
+class _Stalled(Exception):
+    """The client is still there, but does not take what is sent."""
+
+
+class _Exchange(Generic[A]):
+    """One request and its answer: an ASGI app, so that it sees the client hang up."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint[A],
+        upstream: Upstream,
+        asked: A,
+        scope: Scope,
+        headers: Mapping[str, str],
+        body: bytes,
+    ) -> None:
+        self._endpoint = endpoint
+        self._door = endpoint.door
+        self._behind = endpoint.behind
+        self._asked = asked
+        self._scope = scope
+        self._policy: Policy = endpoint.behind.policy.current.at(scope)
+        self._upstream = upstream
+        self._headers = headers
+        self._body = body
+        self._keeping: list[asyncio.Task[str | None]] = []
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._run(scope, receive, send))
+        gone = asyncio.ensure_future(_hang_up(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        except _Stalled:
+            self._behind.telemetry.stalled_clients.inc()
+            _log.warning("a client stopped reading its answer, and was given up")
+        finally:
+            for task in (gone, work):
+                task.cancel()
+            await asyncio.wait({work, gone})
+            if not work.cancelled() and work.exception() is not None and not isinstance(work.exception(), _Stalled):
+                _log.debug("exchange ended early: %s", type(work.exception()).__name__)
+
+    async def _run(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        try:
+            await self._take_unjudged()
+        except Problem as problem:
+            await self._endpoint.tell(problem)(scope, receive, send)
+            return
+        except TidegateError as error:
+            await self._endpoint.tell(problem_of(error))(scope, receive, send)
+            return
+        door = self._door
+        call = asyncio.ensure_future(
+            self._upstream.send("POST", door.path, headers=self._headers, key_header=door.key_header, body=self._body)
+        )
+        try:
+            refusal = await self._judge_prompt(call)
+            if refusal is not None:
+                response: ASGIApp = refusal
+            else:
+                answer = await call
+                if self._asked.stream and answer.status == 200 and answer.media_type == _EVENT_STREAM:
+                    await self._stream(answer, send)
+                    return
+                response = await self._whole(answer)
+            await self._settle()
+        except TidegateError as error:
+            self._count_error(error)
+            response = self._endpoint.tell(problem_of(error))
+        except Problem as problem:
+            response = self._endpoint.tell(problem)
+        finally:
+            await _drop(call)
+            with contextlib.suppress(StoreError):
+                await self._settle()
+        await response(scope, receive, send)
+
+    # the prompt
+
+    async def _take_unjudged(self) -> None:
+        """Decide about text that no guard can judge; the prompt's own decision lists it where it may go on.
+
+        Raises:
+            Problem: when the policy refuses it.
+            StoreError: when the decision about that could not be kept.
+        """
+        asked = self._asked
+        if not asked.unseen:
+            return
+        unjudged = tuple(replace(part, state=CoverageState.NOT_JUDGED) for part in asked.coverage)
+        decision = decide(self._policy, UNJUDGED_REQUEST, self._scope, unjudged)
+        refused = decision.action >= BLOCKS
+        if refused or not asked.new or decision.observed is not None:
+            self._keep_prompt(decision)
+        if refused:
+            await self._settle()
+            raise Problem(400, _UNJUDGED, param=asked.unseen[0].path, code="unjudged_content")
+
+    def _keep_prompt(self, decision: Decision) -> asyncio.Task[str | None]:
+        task = asyncio.ensure_future(self._keep(decision, self._asked.conversation, "prompt"))
+        self._keeping.append(task)
+        return task
+
+    async def _judge_prompt(self, call: asyncio.Future[UpstreamAnswer]) -> ASGIApp | None:
+        """Judge what is new; returns what the client gets when that is blocked, else None."""
+        asked, behind = self._asked, self._behind
+        if not asked.new:
+            return None
+        decisions = await asyncio.gather(
+            *(
+                moderate(
+                    text.conversation,
+                    guard=behind.guard,
+                    policy=self._policy,
+                    scope=self._scope,
+                    timeout_s=behind.guard_timeout_s,
+                    coverage=(),
+                )
+                for text in asked.new
+            )
+        )
+        number = worst_decision(decisions)
+        unjudged = frozenset[str]().union(
+            *(text.paths for text, one in zip(asked.new, decisions, strict=True) if one.failure is not None)
+        )
+        behind.telemetry.count_failures(one for place, one in enumerate(decisions) if place != number)
+        decision = replace(decisions[number], coverage=tuple(_without(asked.coverage, unjudged)))
+        kept = self._keep_prompt(decision)
+        if decision.action < BLOCKS:
+            return None
+        await _drop(call)
+        return self._refusal(decision, asked.new[number], await surely(_result(kept)))
+
+    def _refusal(self, decision: Decision, text: PromptText, identity: str | None) -> ASGIApp:
+        field = decision_field(decision, self._policy, text=text, identity=identity)
+        message = self._policy.message_for(decision.rule)
+        if self._asked.stream:
+            return _Events(self._door.refusal_events(self._asked, message, field))
+        return JSONResponse(self._door.refusal(self._asked, message, field))
+
+    async def _settle(self) -> None:
+        """Wait until the decisions on the prompt are kept."""
+        for kept in self._keeping:
+            await surely(_result(kept))
+
+    # the answer
+
+    def _judging(self) -> Judging:
+        behind = self._behind
+        return Judging(
+            guard=behind.guard,
+            policy=self._policy,
+            scope=self._scope,
+            prompt=self._asked.conversation,
+            keep=self._keep_answer,
+            tools=self._asked.tools,
+            timeout_s=behind.guard_timeout_s,
+            trusted=behind.trusted,
+            note=behind.telemetry.count_failures,
+        )
+
+    async def _keep_answer(self, decision: Decision, conversation: Conversation) -> str | None:
+        return await self._keep(decision, conversation, "response")
+
+    async def _keep(self, decision: Decision, conversation: Conversation, target: str) -> str | None:
+        return await self._endpoint.keep(decision, conversation, target, self._policy.retention)
+
+    async def _whole(self, answer: UpstreamAnswer) -> JSONResponse:
+        if answer.status != 200:
+            self._behind.telemetry.upstream_errors.labels("status").inc()
+            raise await answer.problem()
+        if self._asked.stream:
+            raise UpstreamError("the upstream did not stream, although it was asked to")
+        try:
+            judged = await self._door.judge(self._asked, await answer.json(), self._judging())
+        except RecursionError:
+            raise UpstreamError("the upstream's answer is nested too deep") from None
+        return JSONResponse(judged, headers=dict(answer.headers))
+
+    async def _stream(self, answer: UpstreamAnswer, to_client: Send) -> None:
+        telemetry = self._behind.telemetry
+        send = _patient(to_client, self._behind.client_timeout_s)
+        stream = self._door.watch(self._asked, self._judging())
+        told = [(name.encode(), value.encode()) for name, value in answer.headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": [*sse.HEADERS, *told]})
+        held = 0
+        with telemetry.stream():
+            try:
+                async for data in _advance(stream, answer):
+                    telemetry.held.inc(stream.held - held)
+                    held = stream.held
+                    if stream.done:
+                        if not stream.complete:
+                            answer.close()
+                        await self._settle()
+                    if data:
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
+            except StoreError as error:
+                answer.close()
+                event = self._door.error_event(problem_of(error))
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            finally:
+                telemetry.held.dec(held)
+                await surely(_closed(stream))
+                telemetry.released.inc(stream.released)
+        if stream.error is not None:
+            self._count_error(stream.error)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if stream.complete:
+            await answer.leave()
+
+    def _count_error(self, error: TidegateError) -> None:
+        if isinstance(error, UpstreamError):
+            kind = {None: "malformed", 502: "broken", 504: "timeout"}.get(error.status, "broken")
+            self._behind.telemetry.upstream_errors.labels(kind).inc()
+        _log.warning("exchange failed: %s", type(error).__name__)
+
+
+async def _advance(stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes]:
+    """Everything for the client, piece by piece, until all is said."""
+    try:
+        async for data in answer.pieces():
+            yield await stream.feed(data)
+            if stream.done:
+                return
+    except UpstreamError as error:
+        yield await stream.end(error)
+        return
+    yield await stream.end()
+
+
+def _without(coverage: Iterable[Coverage], unjudged: frozenset[str]) -> Iterator[Coverage]:
+    """The coverage, given that the guard failed on these paths."""
+    for part in coverage:
+        yield replace(part, state=CoverageState.NOT_JUDGED) if part.path in unjudged else part
+
+
+def _patient(send: Send, timeout_s: float | None) -> Send:
+    """The same, which raises _Stalled when the client takes nothing for so long."""
+
+    async def patiently(message: Message) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await send(message)
+        except TimeoutError:
+            raise _Stalled from None
+
+    return patiently
+
+
+async def _closed(stream: Watch) -> None:
+    with contextlib.suppress(StoreError):
+        await stream.close()
+
+
+async def _result(task: asyncio.Task[T]) -> T:
+    return await task
+
+
+async def _drop(call: asyncio.Future[UpstreamAnswer]) -> None:
+    """End the upstream's request at once, however far it is."""
+    call.cancel()
+    await asyncio.wait({call})
+    if not call.cancelled() and call.exception() is None:
+        call.result().close()
+
+
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Events:
+    """A whole event stream as one response."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+        await send({"type": "http.response.body", "body": self._body})

@@ -1,0 +1,138 @@
+"""``POST /v1/messages``: the door for clients of Anthropic's Messages API, and the paths beside it.
+
+The life of an exchange is in `tidegate.gateway.exchange`, reading a request in `tidegate.gateway.messages_asked`, the
+judging of answers in `tidegate.gateway.messages_answers`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+from typing import Any, ClassVar, Final
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from tidegate.errors import UpstreamError
+from tidegate.gateway.channels import Judging
+from tidegate.gateway.deltas import is_place
+from tidegate.gateway.exchange import Behind, Endpoint
+from tidegate.gateway.messages_answers import (
+    MessageStream,
+    error_body,
+    judge_message,
+    named_event,
+    refused,
+    stopped_by,
+)
+from tidegate.gateway.messages_asked import MessagesRequest, read_messages
+from tidegate.gateway.statuses import Problem
+from tidegate.gateway.upstream import KeyHeader
+
+__all__ = ["BATCHES", "CountTokensDoor", "MessagesDoor", "MessagesEndpoint", "tell_batches"]
+
+BATCHES: Final = "/v1/messages/batches{rest:path}"
+"""Where clients look for batches."""
+
+NO_USAGE: Final = {"input_tokens": 0, "output_tokens": 0}
+"""The usage of an answer that no upstream began."""
+
+
+class MessagesDoor:
+    """Anthropic's messages."""
+
+    route: ClassVar[str] = "/v1/messages"
+    path: ClassVar[str] = "/messages"
+    key_header: ClassVar[KeyHeader] = "x-api-key"
+    headers: ClassVar[tuple[str, ...]] = ("x-api-key", "authorization", "anthropic-version", "anthropic-beta")
+
+    def read(self, body: dict[str, Any], *, judge_system: bool) -> MessagesRequest:
+        return read_messages(body, judge_system=judge_system)
+
+    def refusal(self, asked: MessagesRequest, message: str, field: dict[str, Any]) -> dict[str, Any]:
+        return refused(_head(asked), message, NO_USAGE, field)
+
+    def refusal_events(self, asked: MessagesRequest, message: str, field: dict[str, Any]) -> bytes:
+        start = {**_head(asked), "content": [], "stop_reason": None, "stop_sequence": None, "usage": NO_USAGE}
+        block = {"type": "text", "text": "", "citations": None}
+        events: tuple[dict[str, Any], ...] = (
+            {"type": "message_start", "message": start},
+            {"type": "content_block_start", "index": 0, "content_block": block},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": message}},
+            {"type": "content_block_stop", "index": 0},
+            {"type": "message_delta", "delta": stopped_by(message), "usage": {"output_tokens": 0}, "tidegate": field},
+            {"type": "message_stop"},
+        )
+        return b"".join(map(named_event, events))
+
+    def watch(self, asked: MessagesRequest, judging: Judging) -> MessageStream:
+        return MessageStream(judging, stops=asked.stops)
+
+    async def judge(self, asked: MessagesRequest, answer: Any, judging: Judging) -> dict[str, Any]:
+        judged, _ = await judge_message(answer, judging, stops=asked.stops)
+        return judged
+
+    def error(self, problem: Problem) -> dict[str, Any]:
+        return error_body(problem)
+
+    def error_event(self, problem: Problem) -> bytes:
+        return named_event(error_body(problem))
+
+
+def _head(asked: MessagesRequest) -> dict[str, Any]:
+    return {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": asked.model}
+
+
+class CountTokensDoor(MessagesDoor):
+    """How many tokens a request has: it is judged as one that is answered, and all that comes back is the number."""
+
+    route: ClassVar[str] = "/v1/messages/count_tokens"
+    path: ClassVar[str] = "/messages/count_tokens"
+
+    def read(self, body: dict[str, Any], *, judge_system: bool) -> MessagesRequest:
+        return replace(read_messages(body, judge_system=judge_system), stream=False)
+
+    def refusal(self, asked: MessagesRequest, message: str, field: dict[str, Any]) -> dict[str, Any]:
+        raise Problem(403, message, "permission_error", None, "blocked")
+
+    async def judge(self, asked: MessagesRequest, answer: Any, judging: Judging) -> dict[str, Any]:
+        count = answer.get("input_tokens") if isinstance(answer, dict) else None
+        if not is_place(count):
+            raise UpstreamError("the upstream's answer is not a number of tokens")
+        return {"input_tokens": count}
+
+
+class MessagesEndpoint(Endpoint[MessagesRequest]):
+    """A door of this API that stands open; every answer has a ``request-id``."""
+
+    def __init__(self, door: MessagesDoor, behind: Behind) -> None:
+        super().__init__(door, behind)
+
+    async def answer(self, request: Request) -> ASGIApp:
+        return _Numbered(await super().answer(request))
+
+
+class _Numbered:
+    """The same app, whose answers say a ``request-id``: the upstream's, or one of ours where it said none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        async def numbered(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                if not any(name.lower() == b"request-id" for name, _ in headers):
+                    headers.append((b"request-id", f"req_{uuid.uuid4().hex}".encode()))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._app(scope, receive, numbered)
+
+
+async def tell_batches(request: Request) -> JSONResponse:
+    """Batches are not served: their answers would come from a file that nobody has judged."""
+    said = "batches are not guarded here, and so not served: send each request to /v1/messages"
+    return JSONResponse(error_body(Problem(404, said)), 404)

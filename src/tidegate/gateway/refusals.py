@@ -1,0 +1,65 @@
+"""What is said before a door is reached: in the shape of the door's protocol, also to who wanted a WebSocket."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from starlette.responses import JSONResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from tidegate.gateway.statuses import Problem
+
+__all__ = ["refuse", "with_headers"]
+
+_ANTHROPIC_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_POLICY_VIOLATION: Final = 1008
+
+
+async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request, or the wish for a WebSocket, with an error."""
+    body = _body(problem, scope["path"])
+    if scope["type"] == "http":
+        await JSONResponse(body, problem.status, dict(problem.headers))(scope, receive, send)
+        return
+    await receive()  # websocket.connect
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": problem.code or ""})
+        return
+    data = json.dumps(body).encode()
+    headers = {**problem.headers, "content-type": "application/json", "content-length": str(len(data))}
+    pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "websocket.http.response.start", "status": problem.status, "headers": pairs})
+    await send({"type": "websocket.http.response.body", "body": data})
+
+
+def _body(problem: Problem, path: str) -> dict[str, Any]:
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        kind = _ANTHROPIC_TYPES.get(problem.status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": problem.message}}
+    return problem.body
+
+
+def with_headers(send: Send, headers: Mapping[str, str]) -> Send:
+    """The same ``send``, which adds headers to a response that does not have them itself."""
+    if not headers:
+        return send
+    pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+    async def adding(message: Message) -> None:
+        if message["type"] in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
+            own = list(message.get("headers", ()))
+            there = {name.lower() for name, _ in own}
+            message = {**message, "headers": [*own, *(pair for pair in pairs if pair[0] not in there)]}
+        await send(message)
+
+    return adding

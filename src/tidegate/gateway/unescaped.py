@@ -1,0 +1,45 @@
+"""JSON that arrives in pieces, with every letter as itself: what a guard reads is what a program will read.
+
+A model can write ``b`` as ``\\u0062`` in the arguments of a call. Such escapes are undone in what is judged and in what
+leaves alike, so that both are the same text; it stays the same JSON. Quotes, backslashes and control characters keep
+theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+__all__ = ["unescaped"]
+
+_COMPLETE: Final = re.compile(r"(?:[^\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*", re.DOTALL)
+_BEGUN: Final = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
+_ESCAPE: Final = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
+
+
+def unescaped(text: str) -> tuple[str, str]:
+    """The text with its escapes undone, and the beginning of an escape at its end, which belongs before the next piece.
+
+    What is no JSON stays as it is. Halves of surrogate pairs come out as such.
+    """
+    if "\\" not in text:
+        return text, ""
+    done = []
+    while text:
+        match = _COMPLETE.match(text)
+        assert match is not None
+        done.append(_ESCAPE.sub(_letter, match.group()))
+        text = text[match.end() :]
+        if _BEGUN.fullmatch(text):
+            return "".join(done), text
+        done.append(text[:2])  # an escape that there is not
+        text = text[2:]
+    return "".join(done), ""
+
+
+def _letter(escape: re.Match[str]) -> str:
+    code = escape.group(1)
+    if len(code) == 1:
+        return escape.group()
+    letter = chr(int(code[1:], 16))
+    return escape.group() if letter in '"\\' or letter < " " or letter == "\x7f" else letter

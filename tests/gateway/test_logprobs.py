@@ -1,0 +1,229 @@
+"""Log probabilities leave with the text that they spell; of what nobody judged, the policy says what becomes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from gateway.test_answers import CUTS, TEXTS, Client, cut, judging, through, wire
+from serving import Record, make_policy
+from tidegate.gateway.answers import AnswerStream, judge_answer
+from tidegate.testing import FakeStreamGuard, chunk, completion
+from tidegate.types import Action
+
+SECRET = "first mix the powder"
+
+
+def token(data: bytes, **more: Any) -> dict[str, Any]:
+    """A token as OpenAI tells it: with bytes, and something in the place of text that is none."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    return {"token": text, "logprob": -0.25, "bytes": list(data), "top_logprobs": [], **more}
+
+
+def tokens_of(text: str, places: list[float]) -> list[dict[str, Any]]:
+    """The text as tokens, cut at these places between bytes, so that characters are cut too."""
+    data = text.encode()
+    at = sorted({0, len(data), *(int(place * len(data)) for place in places)})
+    return [token(data[start:end]) for start, end in itertools.pairwise(at)]
+
+
+def streamed(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One chunk for each token, with as much of the text as is complete by then."""
+    chunks, done, text = [], b"", ""
+    for one in tokens:
+        done += bytes(one["bytes"])
+        whole = done.decode(errors="ignore")
+        part = chunk({"content": whole[len(text) :]})
+        part["choices"][0]["logprobs"] = {"content": [one], "refusal": None}
+        text = whole
+        chunks.append(part)
+    return [*chunks, chunk(finish_reason="stop")]
+
+
+def told(client: Client) -> list[dict[str, Any]]:
+    """The tokens that the client got."""
+    known = [choice.get("logprobs") for part in client.chunks for choice in part["choices"]]
+    return [one for each in known if each for one in each.get("content") or ()]
+
+
+@given(text=TEXTS, tokens=CUTS, reads=CUTS)
+async def test_tokens_leave_with_their_text_and_never_before(
+    text: str, tokens: list[float], reads: list[float]
+) -> None:
+    """However text is cut into tokens and bytes: what they spell is a beginning of what has left, and all of it when
+    the answer is allowed."""
+    sent = tokens_of(text, tokens)
+    stream = AnswerStream(judging(FakeStreamGuard()))
+    seen = b""
+    for read in cut(wire(streamed(sent)), reads):
+        if stream.done:
+            break
+        seen += await stream.feed(read)
+        client = Client(seen)
+        spelled = b"".join(bytes(one["bytes"]) for one in told(client))
+        assert client.texts.get((0, "content"), "").encode().startswith(spelled)
+
+    client = Client(seen if stream.done else seen + await stream.end())
+    if client.reasons == {0: ["stop"]}:
+        assert told(client) == sent
+        assert [part["path"] for part in client.decisions[0]["coverage"] if part["state"] != "judged"] == []
+
+
+@given(text=TEXTS, tokens=CUTS)
+async def test_a_whole_answer_keeps_its_tokens(text: str, tokens: list[float]) -> None:
+    answer = completion(text)
+    sent = tokens_of(text, tokens)
+    answer["choices"][0]["logprobs"] = {"content": sent, "refusal": None}
+
+    judged, decisions = await judge_answer(answer, judging(FakeStreamGuard()))
+
+    blocked = bool(decisions) and decisions[0].action is Action.BLOCK
+    assert judged["choices"][0]["logprobs"] == (None if blocked else {"content": sent, "refusal": None})
+
+
+LIES: list[dict[str, Any]] = [
+    {"token": SECRET, "logprob": -1, "bytes": list(b"fine")},
+    {"token": "fine", "logprob": -1, "bytes": list(SECRET.encode())},
+    {"token": SECRET, "logprob": -1},
+    {"token": "fine", "logprob": -1, "bytes": SECRET},
+    {"token": "fine", "logprob": -1, "bytes": [SECRET]},
+    {"token": [SECRET], "logprob": -1},
+    {"token": "fine", "logprob": SECRET, "bytes": None},
+    {"token": "fine", "logprob": -1, "note": SECRET},
+    {"token": "fine", SECRET: 1},
+    {"token": "fine", "top_logprobs": [{"token": "fine", "logprob": SECRET}]},
+    {"token": "fine", "top_logprobs": [{"token": "fine", "logprob": 1, "bytes": None, "note": SECRET}]},
+    {"token": "fine", "top_logprobs": [{"token": SECRET, "logprob": 1}]},
+    {"token": "fine", "top_logprobs": [SECRET]},
+    {"token": "fine", "top_logprobs": {"a": SECRET}},
+]
+
+
+@pytest.mark.parametrize("lie", [*({"content": [lie]} for lie in LIES), {"content": SECRET}, {"note": SECRET}, SECRET])
+@pytest.mark.parametrize("whole", [True, False])
+async def test_tokens_that_do_not_spell_the_text_do_not_leave(lie: Any, whole: bool) -> None:
+    """The text does, and the coverage counts what was dropped."""
+    if whole:
+        answer = completion("fine")
+        answer["choices"][0]["logprobs"] = lie
+        judged, _ = await judge_answer(answer, judging(FakeStreamGuard()))
+        sent, field = json.dumps(judged), judged["tidegate"]
+    else:
+        part = chunk({"content": "fine"})
+        part["choices"][0]["logprobs"] = lie
+        data = await through(AnswerStream(judging(FakeStreamGuard())), [wire([part, chunk(finish_reason="stop")])])
+        sent, field = data.decode(), Client(data).decisions[0]
+
+    assert "powder" not in sent
+    assert '"fine"' in sent
+    dropped = [part for part in field["coverage"] if part["state"] == "not_judged"]
+    assert dropped
+    assert all(part["path"].startswith("choices[0].logprobs") for part in dropped)
+
+
+async def test_from_the_first_token_that_lies_on_all_are_dropped() -> None:
+    answer = completion("one two three")
+    listed = [token(b"one"), token(b" 2"), token(b" three")]
+    answer["choices"][0]["logprobs"] = {"content": listed, "refusal": None}
+
+    judged, decisions = await judge_answer(answer, judging(FakeStreamGuard()))
+
+    assert judged["choices"][0]["logprobs"]["content"] == listed[:1]
+    assert [(part.path, part.characters) for part in decisions[0].coverage][1:] == [("choices[0].logprobs", 8)]
+
+
+# --- what nobody judged -------------------------------------------------------------------------------------------
+
+OTHERS = [{"token": word, "logprob": -1, "bytes": None} for word in ("fine", SECRET)]
+ODD = {"token": "fine", "logprob": -1, "bytes": None, "top_logprobs": OTHERS}
+
+
+def odd_answer(where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The same answer whole and as chunks, with text that no guard sees at some place."""
+    whole, part = completion("fine"), chunk({"content": "fine"})
+    for answer, inner in ((whole, "message"), (part, "delta")):
+        choice = answer["choices"][0]
+        if where == "top_logprobs":
+            choice["logprobs"] = {"content": [ODD], "refusal": None}
+        else:
+            {"top": answer, "choice": choice, "inner": choice[inner]}[where]["extra"] = {"note": [SECRET]}
+    return whole, [part, chunk(finish_reason="stop")]
+
+
+@pytest.mark.parametrize("where", ["top_logprobs", "top", "choice", "inner"])
+@pytest.mark.parametrize("setting", ["drop", "pass", "refuse"])
+async def test_the_policy_says_what_becomes_of_text_that_no_guard_sees(where: str, setting: str) -> None:
+    """Whole or streaming alike; the coverage counts it in each case."""
+    record = Record()
+    asked = judging(FakeStreamGuard(), record, policy=make_policy(unjudged_answer=setting))
+    whole, chunks = odd_answer(where)
+
+    judged, _ = await judge_answer(whole, asked)
+    client = Client(data := await through(AnswerStream(asked), [wire(chunks)]))
+
+    for sent in (json.dumps(judged), data.decode()):
+        assert ("powder" in sent) == (setting == "pass")
+        assert ("Not here." in sent or "content_filter" in sent) == (setting == "refuse")
+    assert judged["choices"][0]["finish_reason"] == client.reasons[0][0]
+    for decision, _, _ in record.kept:
+        assert decision.rule == ("unjudged_answer" if setting == "refuse" else "otherwise")
+        unjudged = [part for part in decision.coverage if part.state.value == "not_judged"]
+        assert sum(part.characters for part in unjudged if "extra" in part.path or "top" in part.path) == len(SECRET)
+
+
+async def test_a_refusal_that_is_only_observed_is_not_done() -> None:
+    record = Record()
+    asked = judging(FakeStreamGuard(), record, policy=make_policy(unjudged_answer="refuse", observe="true"))
+    whole, chunks = odd_answer("choice")
+
+    judged, _ = await judge_answer(whole, asked)
+    client = Client(await through(AnswerStream(asked), [wire(chunks)]))
+
+    assert judged["choices"][0]["message"]["content"] == client.texts[0, "content"] == "fine"
+    for decision, _, _ in record.kept:
+        assert decision.observed is not None
+        assert (decision.observed.action, decision.observed.rule) == (Action.BLOCK, "unjudged_answer")
+
+
+async def test_nothing_that_passes_unjudged_leaves_with_a_blocked_choice() -> None:
+    answer = completion("bomb bomb")
+    answer["choices"][0]["extra"] = SECRET
+
+    judged, _ = await judge_answer(answer, judging(FakeStreamGuard(), policy=make_policy(unjudged_answer="pass")))
+
+    assert SECRET not in json.dumps(judged)
+
+
+async def test_a_verdict_says_more_than_that_there_was_text_which_nobody_could_judge() -> None:
+    """A choice that is stopped anyway is stopped by the rule that found it unsafe."""
+    record = Record()
+    asked = judging(FakeStreamGuard(), record, policy=make_policy(unjudged_answer="refuse"))
+    answer = completion("bomb bomb")
+    answer["choices"][0]["extra"] = SECRET
+    part = chunk({"content": "bomb bomb "}, extra=SECRET)
+
+    await judge_answer(answer, asked)
+    await through(AnswerStream(asked), [wire([part, chunk(finish_reason="stop")])])
+
+    assert [decision.rule for decision, _, _ in record.kept] == ["unsafe", "unsafe"]
+
+
+async def test_a_field_of_ours_is_never_the_upstreams() -> None:
+    """An upstream cannot say what we decided, even where unknown fields may pass."""
+    answer = completion("fine")
+    answer["choices"][0]["tidegate"] = answer["tidegate"] = {"action": "review", "note": SECRET}
+    part = chunk({"content": "fine"}, tidegate={"note": SECRET})
+    asked = judging(FakeStreamGuard(), policy=make_policy(unjudged_answer="pass"))
+
+    judged, _ = await judge_answer(answer, asked)
+    data = await through(AnswerStream(asked), [wire([part, chunk(finish_reason="stop")])])
+
+    assert judged["tidegate"]["action"] == judged["choices"][0]["tidegate"]["action"] == "allow"
+    assert b"powder" not in data

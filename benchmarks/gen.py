@@ -44,6 +44,7 @@ from transformers import Qwen3Model
 from gen_released import FILES, SHAPES, ModelCard, Said, agrees, write_checkpoint
 from tidegate.guards import Guard, load_guard
 from tidegate.guards.gen import GenGuard
+from tidegate.model.backbone import Backbone
 from tidegate.types import Conversation, Target, Verdict
 
 RESULTS = Path(__file__).parent / "results"
@@ -131,18 +132,25 @@ def cases(lengths: Sequence[str], targets: Sequence[str]) -> list[Case]:
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[int]]:
-    """The positions of each forward of a Qwen3 backbone in here, rows times columns."""
+    """The positions of each forward in here, padding included: of transformers' backbone, and of ours."""
     positions: list[int] = []
+    plain = Backbone.forward
 
     def hook(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(module, Qwen3Model):
             positions.append(output.last_hidden_state[..., 0].numel())
 
+    def noted(backbone: Backbone, ids: torch.Tensor, *more: Any) -> torch.Tensor:
+        positions.append(len(ids))
+        return plain(backbone, ids, *more)
+
     handle = nn.modules.module.register_module_forward_hook(hook)
+    Backbone.forward = noted  # type: ignore[method-assign]
     try:
         yield positions
     finally:
         handle.remove()
+        Backbone.forward = plain  # type: ignore[method-assign]
 
 
 async def timed(ask: Ask, conversations: Sequence[Conversation]) -> tuple[float, list[Any]]:
@@ -313,11 +321,11 @@ def options() -> argparse.Namespace:
 
 
 def write(folder: Path, chosen: argparse.Namespace) -> None:
-    """The random checkpoint, which answers all cases as they are named."""
+    """The random checkpoint, which answers the chosen cases as they are named."""
     print(f"random weights of the shape {chosen.shape}", file=sys.stderr, flush=True)
     wanted = [
         (c, ANSWERS[case.target, case.severity])
-        for case in cases(list(LENGTHS), list(Target))
+        for case in cases(chosen.lengths, chosen.targets)
         for c in case.conversations()
     ]
     write_checkpoint(folder, wanted, files=chosen.files, shape=chosen.shape)

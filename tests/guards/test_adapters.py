@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from adapter_folder import random_tensors, turned, turned_adapter, write_adapter
 from gen_folder import ABOUT_PROMPT, ABOUT_RESPONSE, REASONED, gen_folder, toy_rows
@@ -21,7 +22,6 @@ from tidegate.errors import GuardError, GuardUnavailable, InputError
 from tidegate.guards import AdaptableGuard, gen, load_guard
 from tidegate.guards.cascade import AskBetween, AskOptions, CascadeConfig, CascadeGuard
 from tidegate.guards.gen import GenGuard
-from tidegate.model.scoring import GenModel
 from tidegate.moderate import check, moderate, moderate_stream
 from tidegate.policy import load_policy
 from tidegate.types import Conversation, Severity, Target, TokenVerdict, Verdict
@@ -37,7 +37,7 @@ ANSWER = "of course tea and bread and knife and songs"
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An adapter that turns verdicts round, and one that moves probabilities, and no more."""
     targets = ["v_proj", "down_proj"]
-    tensors = random_tensors(GenModel.load(str(gen_folder()))._model, seed=4, targets=targets, size=0.05)
+    tensors = random_tensors(AutoModelForCausalLM.from_pretrained(gen_folder()), seed=4, targets=targets, size=0.05)
     slight = write_adapter(tmp_path_factory.mktemp("slight"), tensors, target_modules=targets)
     return {"turned": turned_adapter(), "slight": slight}
 

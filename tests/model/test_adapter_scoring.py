@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from adapter_folder import random_tensors, turned, turned_adapter, write_adapter  # noqa: E402
 from gen_folder import ABOUT_PROMPT, ABOUT_RESPONSE, REASONED, ToyRow, gen_folder, toy_rows  # noqa: E402
@@ -31,7 +32,7 @@ def slight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that moves probabilities, and no more."""
     folder = tmp_path_factory.mktemp("slight")
     targets = ["q_proj", "up_proj"]
-    tensors = random_tensors(GenModel.load(str(gen_folder()))._model, seed=1, targets=targets, size=0.05)
+    tensors = random_tensors(AutoModelForCausalLM.from_pretrained(gen_folder()), seed=1, targets=targets, size=0.05)
     return write_adapter(folder, tensors, target_modules=targets)
 
 
@@ -105,14 +106,14 @@ def test_what_prompts_begin_with_is_not_that_of_another_adapter(
     fresh, used = GenModel.load(str(gen_folder()), adapters=folders), GenModel.load(str(gen_folder()), adapters=folders)
     score(used, rows, [first] * len(rows))
     assert score(used, rows, [then] * len(rows)) == score(fresh, rows, [then] * len(rows))
-    used_layers = used._prefix(ABOUT_PROMPT, then).layers
+    used_layers = used._prefix(ABOUT_PROMPT, then).cache.layers
     for (keys, values), (other_keys, other_values) in zip(
-        used_layers, fresh._prefix(ABOUT_PROMPT, then).layers, strict=True
+        used_layers, fresh._prefix(ABOUT_PROMPT, then).cache.layers, strict=True
     ):
         assert torch.equal(keys, other_keys)
         assert torch.equal(values, other_values)
     if then is not None:
-        assert not torch.equal(used_layers[-1][0], plain._prefix(ABOUT_PROMPT, None).layers[-1][0])
+        assert not torch.equal(used_layers[-1][0], plain._prefix(ABOUT_PROMPT, None).cache.layers[-1][0])
 
 
 def test_a_beginning_is_computed_once_with_each_adapter(model: GenModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,9 +122,9 @@ def test_a_beginning_is_computed_once_with_each_adapter(model: GenModel, monkeyp
     runs: list[tuple[list[str | None], int]] = []
     run = fresh._run
 
-    def noted(columns: Any, ids: Any, positions: Any, mask: Any) -> Any:
-        runs.append((columns.adapters, positions.shape[1]))
-        return run(columns, ids, positions, mask)
+    def noted(new: Any, wanted: Any) -> Any:
+        runs.append(([each.adapter for each in new], max(len(each.ids) for each in new)))
+        return run(new, wanted)
 
     monkeypatch.setattr(fresh, "_run", noted)
     rows = ABOUT[ABOUT_PROMPT][:3]

@@ -61,6 +61,7 @@ def computed(
 @given(shape=shapes, gaps=texts, dtype=st.sampled_from(sorted(TOLERANCES, key=str)), seed=st.integers(0, 99))
 @example(shape=(16, 8, 128), gaps=[(0, 127, 1), (3, 64, 1), (0, 0, 1)], dtype=torch.bfloat16, seed=0)
 @example(shape=(4, 2, 8), gaps=[(0, 0, 9), (0, 63, 4)], dtype=torch.float32, seed=0)
+@example(shape=(16, 8, 128), gaps=[(2, 127, 40)], dtype=torch.bfloat16, seed=0)
 def test_every_row_is_what_the_definition_gives(
     fast: bool, shape: tuple[int, int, int], gaps: list[tuple[int, int, int]], dtype: torch.dtype, seed: int
 ) -> None:
@@ -125,3 +126,25 @@ def test_several_threads_may_compute_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("cached", "new"), [(0, 3), (5, 6), (150, 48)])
+def test_a_new_position_sees_those_of_its_tree_alone(dtype: torch.dtype, cached: int, new: int) -> None:
+    generator = torch.Generator().manual_seed(new)
+    parents = [max(0, number - 1 - number % 3) for number in range(new)]
+    tree = torch.eye(new, dtype=torch.bool)
+    for number in range(1, new):
+        tree[number] |= tree[parents[number]]
+    query, keys, values = (
+        torch.randn(size, generator=generator).to(dtype)
+        for size in ((new, 8, 16), (4, cached + new, 16), (4, cached + new, 16))
+    )
+    attention = Attention([Span(0, cached, new)], heads=8, kv_heads=4, dtype=dtype, device=query.device, trees=[tree])
+    with torch.inference_mode():
+        got = attention(query, keys, values)
+    for number in range(new):
+        seen = [*range(cached), *(cached + other for other in tree[number].nonzero()[:, 0].tolist())]
+        one, start = [Span(0, len(seen) - 1, 1)], slice(number, number + 1)
+        expected = plainly(query[start], keys[:, seen], values[:, seen], one)
+        torch.testing.assert_close(got[start].double(), expected, atol=TOLERANCES[dtype], rtol=0)

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tidegate.errors import GuardUnavailable, InputError
+from tidegate.model.layout import placed
 
 __all__ = ["Adapters", "LowRank", "read_adapter"]
 
@@ -79,7 +80,7 @@ class LowRank:
         """Add the product to what a layer made of some rows.
 
         Args:
-            output: ``[..., out_features]``, contiguous; is changed.
+            output: ``[..., out_features]``, rows one after the other; is changed.
             rows: ``[..., in_features]``, what the layer was given.
         """
         narrow = rows.reshape(-1, rows.shape[-1]) @ self.down.T
@@ -106,8 +107,12 @@ class Adapters:
                 raise InputError(f"expected {_NAME.pattern} as the name of an adapter", where="adapters")
         self._parts = {name: _read_named(name, folder, model) for name, folder in folders.items()}
         self._active: tuple[tuple[slice, Mapping[str, LowRank]], ...] = ()
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Take part in the layers that a model has now; to be called again when they have been laid out anew."""
         for layer in sorted({layer for parts in self._parts.values() for layer in parts}):
-            self._attach(layer, model.get_submodule(layer))
+            self._attach(layer, *placed(model.get_submodule(layer)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -138,11 +143,11 @@ class Adapters:
         finally:
             self._active = ()
 
-    def _attach(self, name: str, layer: nn.Module) -> None:
+    def _attach(self, name: str, layer: nn.Module, outputs: slice) -> None:
         def add(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             for rows, parts in self._active:
                 if (part := parts.get(name)) is not None:
-                    part.add_to(output[rows], given[0][rows])
+                    part.add_to(output[rows][..., outputs], given[0][rows])
 
         layer.register_forward_hook(add)
 

@@ -62,6 +62,8 @@ class Attention:
         kv_heads: key heads.
         dtype, device: of queries and cache.
         fast: whether the kernel of our own is used where there is one; else PyTorch alone.
+        trees: for each text, boolean ``[new, new]``, which of the new positions each one sees; None, or None for a
+            text, for itself and those before it.
     """
 
     def __init__(
@@ -73,17 +75,18 @@ class Attention:
         dtype: torch.dtype,
         device: torch.device,
         fast: bool = True,
+        trees: Sequence[Tensor | None] | None = None,
     ) -> None:
         self._heads, self._kv_heads, self._group = heads, kv_heads, heads // kv_heads
         self._dtype, self._device = dtype, device
         few = self._group * max(1, _MOST_ROWS // self._group)
         self._kernel = kernel() if fast and device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) else None
         batch, self._parts, row = [], [], 0
-        for span in spans:
-            if self._kernel is not None and self._group * span.new <= few:
+        for span, tree in zip(spans, trees or [None] * len(spans), strict=True):
+            if self._kernel is not None and tree is None and self._group * span.new <= few:
                 batch.append((row, span.new, span.start, span.cached))
             else:
-                self._parts.append(self._part(span, row))
+                self._parts.append(self._part(span, row, tree))
             row += span.new
         self._batch = self._kernel.batch(batch, self._threads(spans)) if self._kernel is not None and batch else None
 
@@ -110,14 +113,17 @@ class Attention:
         few = self._kv_heads * sum(span.cached + span.new for span in spans) < _ALONE
         return 1 if few else torch.get_num_threads()
 
-    def _part(self, span: Span, row: int) -> _Part:
-        """A new position sees all cached ones, the new ones before it and itself."""
+    def _part(self, span: Span, row: int, tree: Tensor | None) -> _Part:
+        """A new position sees all cached ones, and of the new ones those that the tree says, or those before it."""
         region = slice(span.start, span.stop)
+        causal = span.new > 1 and not span.cached and tree is None
         mask = None
-        if span.new > 1 and span.cached:
-            mask = torch.full((span.new, span.cached + span.new), -torch.inf, dtype=self._dtype, device=self._device)
-            mask = mask.triu_(span.cached + 1).repeat(self._group, 1)
-        return _Part(slice(row, row + span.new), region, mask, causal=span.new > 1 and not span.cached)
+        if tree is not None or (span.new > 1 and span.cached):
+            mask = torch.zeros((span.new, span.cached + span.new), dtype=self._dtype, device=self._device)
+            seen = mask.new_ones((span.new, span.new), dtype=torch.bool).tril_() if tree is None else tree
+            mask[:, span.cached :].masked_fill_(~seen.to(self._device), -torch.inf)
+            mask = mask.repeat(self._group, 1)
+        return _Part(slice(row, row + span.new), region, mask, causal)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, part: _Part) -> Tensor:
         if part.causal:

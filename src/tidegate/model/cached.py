@@ -18,7 +18,7 @@ from tidegate.model.attention import Attention, Span
 from tidegate.model.backbone import Backbone
 from tidegate.model.stream import Qwen3ForGuardModel, StreamLogits
 
-__all__ = ["CachedText", "probabilities"]
+__all__ = ["CachedText", "KeysAndValues", "probabilities"]
 
 _BLOCK: Final = 128
 """Room for keys and values is taken in multiples of so many positions."""
@@ -40,7 +40,7 @@ class CachedText:
     def __init__(self, model: Qwen3ForGuardModel, *, room: int = 0) -> None:
         self._model = model
         self._backbone = Backbone(model)
-        self._cache: _KeysAndValues | None = _KeysAndValues(model.config.num_hidden_layers, room)
+        self._cache: KeysAndValues | None = KeysAndValues(model.config.num_hidden_layers, room)
 
     @property
     def length(self) -> int:
@@ -86,7 +86,7 @@ class CachedText:
         """Free the memory; safe to call any number of times."""
         self._cache = None
 
-    def _open(self) -> _KeysAndValues:
+    def _open(self) -> KeysAndValues:
         if self._cache is None:
             raise SessionClosed("the text is closed")
         return self._cache
@@ -99,7 +99,7 @@ class CachedText:
             raise InputError(f"expected token ids from 0 to {self._model.config.vocab_size - 1}", where="ids")
         return tokens.long()
 
-    def _step(self, cache: _KeysAndValues, ids: Tensor) -> StreamLogits:
+    def _step(self, cache: KeysAndValues, ids: Tensor) -> StreamLogits:
         config, span = self._model.config, Span(0, cache.length, len(ids))
         positions = torch.arange(span.cached, span.stop, device=ids.device)
         attention = Attention(
@@ -118,24 +118,56 @@ class CachedText:
         return self._model.heads(self._model.model.norm(hidden))
 
 
-class _KeysAndValues:
-    """Keys and values of all layers, each ``[key_heads, room, head_dim]``."""
+class KeysAndValues:
+    """Keys and values of all layers of one text.
+
+    Args:
+        layers: how many the model has.
+        room: how many positions to make room for at the beginning; it grows when more come.
+
+    Attributes:
+        layers: of each layer keys and values, ``[2, key_heads, room, head_dim]``; None before the first position.
+        length: how many positions are held; what is behind them does not count.
+    """
 
     def __init__(self, layers: int, room: int) -> None:
         self._room = room
-        self._layers: list[Tensor | None] = [None] * layers
+        self.layers: list[Tensor | None] = [None] * layers
         self.length = 0
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put those of new positions, ``[key_heads, positions, head_dim]``, behind those of before; gives all."""
+        """Put those of new positions, ``[key_heads, positions, head_dim]``, behind those of before; gives all.
+
+        The length is the caller's to change, when every layer has them.
+        """
         end = self.length + keys.shape[1]
         held = self._with_room(layer, end, keys)
         held[0, :, self.length : end] = keys
         held[1, :, self.length : end] = values
         return held[0], held[1]
 
+    def beginning(self, length: int, room: int) -> KeysAndValues:
+        """A copy of the first positions, with room for more."""
+        copied = KeysAndValues(len(self.layers), room)
+        for layer, held in enumerate(self.layers):
+            if held is not None and length:
+                copied.update(layer, held[0, :, :length], held[1, :, :length])
+        copied.length = length
+        return copied
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Of the positions behind those that are held, hold these too, in their order; others are forgotten."""
+        if not positions:
+            return
+        end = self.length + len(positions)
+        if list(positions) != list(range(self.length, end)):
+            for held in self.layers:
+                if held is not None:
+                    held[:, :, self.length : end] = held[:, :, list(positions)]
+        self.length = end
+
     def _with_room(self, layer: int, end: int, like: Tensor) -> Tensor:
-        held = self._layers[layer]
+        held = self.layers[layer]
         if held is not None and held.shape[2] >= end:
             return held
         room = max(end + end // 4, self._room) if held is not None else max(end, self._room)
@@ -143,7 +175,7 @@ class _KeysAndValues:
         larger = torch.zeros((2, len(like), room, like.shape[2]), dtype=like.dtype, device=like.device)
         if held is not None:
             larger[:, :, : self.length] = held[:, :, : self.length]
-        self._layers[layer] = larger
+        self.layers[layer] = larger
         return larger
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["Projection", "lay_out"]
+__all__ = ["Projection", "lay_out", "placed"]
 
 _FORM_OF_ROWS = 16
 """The blocked form is asked for with a number of rows in mind; all numbers of rows get the same form."""
@@ -73,13 +73,13 @@ class _Part(nn.Module):
     def __init__(self, whole: Projection, number: int) -> None:
         super().__init__()
         self.__dict__["whole"] = whole  # whose weights are not also those of this module
-        self._slice = whole.slices[number]
+        self.slice = whole.slices[number]
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self.whole(rows)[..., self._slice]
+        return self.whole(rows)[..., self.slice]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        _save(self.whole, self._slice, destination, prefix)
+        _save(self.whole, self.slice, destination, prefix)
 
 
 def lay_out(model: nn.Module) -> None:
@@ -94,6 +94,13 @@ def lay_out(model: nn.Module) -> None:
             _join(layer.self_attn, "o_proj", ("o_proj",))
             _join(layer.mlp, "gate_up_proj", ("gate_proj", "up_proj"))
             _join(layer.mlp, "down_proj", ("down_proj",))
+
+
+def placed(layer: nn.Module) -> tuple[nn.Module, slice]:
+    """The module that computes a linear layer, and where in its output that layer is: itself, if not laid out."""
+    if isinstance(layer, _Part):
+        return layer.whole, layer.slice
+    return layer, slice(None)
 
 
 def _save(whole: Projection, part: slice, destination: dict[str, Any], prefix: str) -> None:

@@ -5,28 +5,31 @@ of the answer as a tree of tokens; the answer is read off along the most probabl
 decoding would say, token by token; where it leaves the tree it is followed one token at a time, and where it leaves the
 form there is no verdict. The probability of a severity is that of its whole sequence of tokens.
 
-The fixed beginning of a prompt is computed once for each adapter. Prompts of similar length are computed together,
-whatever their adapters; nothing of one reaches another, though a model may round differently in company (far below 1e-4
-in float32, visibly in bfloat16).
+The fixed beginning of a prompt is computed once for each adapter. Prompts that are computed together, whatever their
+length and adapters, are rows of one matrix without padding (`tidegate.model.backbone`). Nothing of one reaches
+another, but a model may round differently in company (far below 1e-4 in float32, visibly in bfloat16). Of the last
+layer, only the positions are computed from which the answer is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
-from itertools import groupby
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tidegate.errors import GuardUnavailable, InputError, UnreadableVerdict
 from tidegate.model.adapters import Adapters
 from tidegate.model.answers import FLOOR, Row, Scores, common_beginning, end_ids, follow
+from tidegate.model.attention import Attention, Span
+from tidegate.model.backbone import Backbone
+from tidegate.model.cached import KeysAndValues
 from tidegate.model.draft_tree import ROOT, DraftTree
 from tidegate.model.folders import checkpoint_folder
 from tidegate.model.loading import DTYPES
@@ -36,12 +39,10 @@ from tidegate.prompts import Form, Prompt
 
 __all__ = ["FLOOR", "GenModel", "Scores"]
 
-_CACHE: Final = "cache" if "cache" in signature(Qwen3Model.forward).parameters else "past_key_values"
-"""What transformers calls a cache: the first from 5.24 on."""
 _CHUNK: Final = 1024
 """Most positions of one prompt in one pass: a mask of more would be large."""
 _ROOM: Final = 128
-"""Columns of the cache beside those of the prompts: for two trees, or for one and the steps of a reason."""
+"""Positions behind a prompt for which there is room at first: for a tree, and the steps of a reason."""
 _LOGIT_ROWS: Final = 64
 """Positions whose logits are computed at once: each has as many as there are tokens."""
 _MOST_PREFIXES: Final = 64
@@ -52,7 +53,8 @@ class GenModel:
     """A causal language model of Qwen3 shape and its tokenizer. One call at a time.
 
     Args:
-        model: as ``AutoModelForCausalLM`` loads it, in evaluation mode.
+        model: as ``AutoModelForCausalLM`` loads it, in evaluation mode; its weights are laid out anew for inference
+            (`tidegate.model.layout`).
         tokenizer: of the same checkpoint.
         adapters: where LoRA adapters for this model lie, by name: see `tidegate.model.adapters`.
 
@@ -70,7 +72,10 @@ class GenModel:
         self._model = model
         self._adapters = Adapters(model, adapters)
         self._tokenizer = tokenizer
-        self._device = model.get_input_embeddings().weight.device
+        embeddings = model.get_input_embeddings().weight
+        self._device, self._dtype = embeddings.device, embeddings.dtype
+        self._backbone = Backbone(model)
+        self._adapters.attach(model)
         self._ends = end_ids(getattr(model.generation_config, "eos_token_id", None), tokenizer)
         self._prefixes: dict[tuple[str, str | None], _Prefix] = {}
         self.longest: int = model.config.max_position_embeddings
@@ -148,31 +153,30 @@ class GenModel:
         chosen = [None] * len(prompts) if adapters is None else list(adapters)
         rows = [Row(form, adapter, list(ids)) for ids, adapter in zip(prompts, chosen, strict=True)]
         with torch.inference_mode():
-            batch = self._begin(form, sorted(rows, key=lambda row: row.adapter or ""))
-            while batch.rows:
-                self._advance(batch)
-                batch.drop_finished()
+            texts = self._begin(form, sorted(rows, key=lambda row: row.adapter or ""))
+            while texts:
+                self._advance(texts)
+                texts = [text for text in texts if text.row.outcome is None]
         return [row.outcome or UnreadableVerdict("no answer") for row in rows]
 
-    def _begin(self, form: Form, rows: list[Row]) -> _Batch:
-        """Rows with one adapter stand beside each other."""
-        prefixes = {adapter: self._prefix(form, adapter) for adapter in dict.fromkeys(row.adapter for row in rows)}
-        fixed = prefixes[rows[0].adapter].ids
-        shared = min(common_beginning(fixed, row.pending) for row in rows)
-        width = max(len(row.pending) for row in rows) + _ROOM
-        batch = _Batch(rows, _Columns(self._model, [row.adapter for row in rows], width))
-        batch.columns.put([prefixes[row.adapter] for row in rows], shared)
+    def _begin(self, form: Form, rows: list[Row]) -> list[_Text]:
+        """Each row behind its part of the fixed beginning; what is too long for one pass is computed, but for its end.
+
+        Rows with one adapter stand beside each other.
+        """
+        texts = []
         for row in rows:
-            row.pending = row.pending[shared:]
-            row.length = shared
-        while (longest := max(len(row.pending) for row in batch.rows)) > _CHUNK:
-            taken = [min(_CHUNK, len(row.pending) - 1) for row in batch.rows]
-            self._forward(batch, [row.pending[:count] for row, count in zip(batch.rows, taken, strict=True)], None)
-            for row, count in zip(batch.rows, taken, strict=True):
-                row.pending = row.pending[count:]
-                row.length += count
-            assert max(len(row.pending) for row in batch.rows) < longest
-        return batch
+            prefix = self._prefix(form, row.adapter)
+            shared = common_beginning(prefix.ids, row.pending)
+            cache = prefix.cache.beginning(shared, len(row.pending) + _ROOM)
+            row.pending, row.length = row.pending[shared:], shared
+            texts.append(_Text(row, cache))
+        while long := [text for text in texts if len(text.row.pending) > _CHUNK]:
+            self._run([_New.plain(text.row.adapter, text.cache, text.row.pending[:_CHUNK]) for text in long], [])
+            for text in long:
+                text.row.pending = text.row.pending[_CHUNK:]
+                text.row.length = text.cache.length = text.cache.length + _CHUNK
+        return texts
 
     def _prefix(self, form: Form, adapter: str | None) -> _Prefix:
         """What all prompts of a form begin with, computed once with each adapter: the keys and values differ."""
@@ -180,69 +184,76 @@ class GenModel:
         known = self._prefixes.pop(key, None)
         if known is None:
             ids = self._tokenizer.ids(form.fixed_beginning)
-            columns = _Columns(self._model, [adapter], len(ids))
-            self._run(columns, [ids], torch.arange(len(ids))[None], torch.ones(len(ids), len(ids)).bool().tril()[None])
-            known = _Prefix(tuple(ids), columns.layers)
+            cache = KeysAndValues(self._model.config.num_hidden_layers, len(ids))
+            self._run([_New.plain(adapter, cache, ids)], [])
+            cache.length = len(ids)
+            known = _Prefix(tuple(ids), cache)
             if len(self._prefixes) >= _MOST_PREFIXES:
                 del self._prefixes[next(iter(self._prefixes))]
         self._prefixes[key] = known
         return known
 
-    def _advance(self, batch: _Batch) -> None:
-        """One pass over what is pending and the tree behind it, and as much of the answer as can be read from it."""
-        rows = batch.rows
-        trees = [DraftTree(row.form.drafts(row.text), self._tokenizer.part) for row in rows]
-        first = batch.columns.used
-        hidden = self._forward(batch, [row.pending for row in rows], trees)
-        places = [
-            (index, [len(row.pending) - 1, *range(len(row.pending), len(row.pending) + len(tree.computed))])
-            for index, (row, tree) in enumerate(zip(rows, trees, strict=True))
+    def _advance(self, texts: Sequence[_Text]) -> None:
+        """One pass over what is pending and the trees behind it, and as much of each answer as can be read from it."""
+        trees = [DraftTree(text.row.form.drafts(text.row.text), self._tokenizer.part) for text in texts]
+        new = [_New.with_tree(text, tree) for text, tree in zip(texts, trees, strict=True)]
+        ends = accumulate(len(each.ids) for each in new)
+        asked = [
+            row
+            for end, tree in zip(ends, trees, strict=True)
+            for row in range(end - len(tree.computed) - 1, end)  # the last pending token and the tree
         ]
-        asked = torch.cat([hidden[index, place] for index, place in places])
-        best, log_probabilities = self._read(asked, trees)
-        for index, (row, tree) in enumerate(zip(rows, trees, strict=True)):
-            behind = first + len(row.pending)
-            row.length += len(row.pending)
+        best, log_probabilities = self._read(self._run(new, asked), trees)
+        for index, (text, tree) in enumerate(zip(texts, trees, strict=True)):
+            row, cache = text.row, text.cache
+            cache.length = row.length = row.length + len(row.pending)
             if tree.kind is not None and tree.kind not in row.words:
                 row.words[tree.kind] = tree.word_probabilities(log_probabilities[index])
-            for accepted in follow(row, tree, best[index], self._tokenizer, self._ends):
-                batch.columns.seen[index, behind + accepted] = True
-                row.length += 1
+            accepted = follow(row, tree, best[index], self._tokenizer, self._ends)
+            cache.keep([cache.length + place for place in accepted])
+            row.length = cache.length
 
-    def _forward(self, batch: _Batch, pending: Sequence[list[int]], trees: Sequence[DraftTree] | None) -> Tensor:
-        """Hidden states ``[rows, positions, hidden_size]`` of pending tokens and, behind them, of trees."""
-        trees = trees or [DraftTree((), self._tokenizer.part) for _ in pending]
-        ids = [[*left, *(t.tokens[n] for n in t.computed)] for left, t in zip(pending, trees, strict=True)]
-        width = max(map(len, ids))
-        positions = torch.zeros(len(ids), width, dtype=torch.int64)
-        masks = torch.zeros(len(ids), width, width, dtype=torch.bool)
-        for index, (row, left, tree) in enumerate(zip(batch.rows, pending, trees, strict=True)):
-            depths = [*range(len(left)), *(len(left) - 1 + tree.depths[node] for node in tree.computed)]
-            positions[index, : len(depths)] = torch.tensor(depths, dtype=torch.int64) + row.length
-            masks[index] = _mask(len(left), tree, width)
-        columns = batch.columns
-        first = columns.used
-        seen = columns.seen[:, None, :first].expand(-1, width, -1)
-        hidden = self._run(columns, ids, positions, torch.cat([seen, masks], dim=2))
-        for index, left in enumerate(pending):
-            columns.seen[index, first : first + len(left)] = True
-        return hidden
+    def _run(self, new: Sequence[_New], wanted: Sequence[int]) -> Tensor:
+        """One pass: hidden states ``[wanted, hidden_size]`` of some of the new positions, counted through all texts.
 
-    def _run(self, columns: _Columns, ids: Sequence[Sequence[int]], positions: Tensor, mask: Tensor) -> Tensor:
-        """One pass: ids are padded at their end; ``mask`` is ``[rows, positions, columns]``, true where one is seen."""
-        width = positions.shape[1]
-        padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
-        columns.make_room(width)
-        with self._adapters.on(columns.adapters):
-            output = self._model.base_model(
-                input_ids=padded.to(self._device),
-                attention_mask=mask[:, None].to(self._device),
-                position_ids=positions.to(self._device),
-                use_cache=True,
-                **{_CACHE: columns},
+        Keys and values are behind those of each text; its length stays.
+        """
+        config = self._model.config
+        attentions, slices, start = [], [], 0
+        for each in new:
+            attentions.append(
+                Attention(
+                    [Span(0, each.cache.length, len(each.ids))],
+                    heads=config.num_attention_heads,
+                    kv_heads=config.num_key_value_heads,
+                    dtype=self._dtype,
+                    device=self._device,
+                    trees=[each.seen],
+                )
             )
-        columns.used += width
-        return output.last_hidden_state
+            slices.append(slice(start, start + len(each.ids)))
+            start += len(each.ids)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            key, value = key.transpose(0, 1), value.transpose(0, 1)
+            mixed = []
+            for each, attention, rows in zip(new, attentions, slices, strict=True):
+                keys, values = each.cache.update(layer, key[:, rows], value[:, rows])
+                mixed.append(attention(query[rows], keys, values))
+            return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+        ids = torch.tensor([token for each in new for token in each.ids])
+        positions = torch.tensor([each.cache.length + depth for each in new for depth in each.depths])
+        rows = torch.tensor(wanted, dtype=torch.int64).to(self._device)
+        alone = len({each.adapter for each in new}) == 1  # else an adapter must find its rows in the last layer too
+        with self._adapters.on([each.adapter for each in new for _ in each.ids]):
+            hidden = self._backbone.forward(
+                ids.to(self._device), positions.to(self._device), attend, rows if alone else None
+            )
+        if not alone:
+            hidden = hidden[rows]
+        normed: Tensor = self._model.base_model.norm(hidden)
+        return normed
 
     def _read(self, hidden: Tensor, trees: Sequence[DraftTree]) -> tuple[list[dict[int, int]], list[list[float]]]:
         """For each tree, the most probable token behind each computed node, and each node's log-probability."""
@@ -256,10 +267,13 @@ class GenModel:
         at, wanted_ids, token_ids = 0, torch.tensor(wanted, dtype=torch.int64), torch.tensor(tokens, dtype=torch.int64)
         for start in range(0, len(nodes), _LOGIT_ROWS):
             logits = self._model.get_output_embeddings()(hidden[start : start + _LOGIT_ROWS]).float()
-            best += logits.argmax(dim=-1).tolist()
+            top, at_top = logits.max(dim=-1, keepdim=True)
+            best += at_top[:, 0].tolist()
             here = (wanted_ids >= start) & (wanted_ids < start + _LOGIT_ROWS)
             rows, columns = (wanted_ids[here] - start).to(logits.device), token_ids[here].to(logits.device)
-            found += (logits[rows, columns] - logits.logsumexp(dim=-1)[rows]).tolist()
+            logits -= top
+            wanted_logits = logits[rows, columns]
+            found += (wanted_logits - logits.exp_().sum(dim=-1).log()[rows]).tolist()
         log_probabilities = []
         each = iter(best)
         choices = [{node: next(each) for node in (ROOT, *tree.computed)} for tree in trees]
@@ -275,109 +289,61 @@ class GenModel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prefix:
-    """Tokens, and for each layer their keys and values, each ``[1, heads, tokens, head_dim]``."""
+    """Tokens, and their keys and values."""
 
     ids: tuple[int, ...]
-    layers: list[tuple[Tensor, Tensor]]
+    cache: KeysAndValues
 
 
-@dataclass(slots=True)
-class _Batch:
-    """Prompts that are computed together."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Text:
+    """A prompt and its answer so far; the cache holds as many positions as the row is long."""
 
-    rows: list[Row]
-    columns: _Columns
-
-    def drop_finished(self) -> None:
-        """Go on with those that have no outcome yet."""
-        going = [index for index, row in enumerate(self.rows) if row.outcome is None]
-        if len(going) < len(self.rows):
-            self.rows = [self.rows[index] for index in going]
-            self.columns.keep(going)
+    row: Row
+    cache: KeysAndValues
 
 
-class _Columns:
-    """Keys and values of several rows, in columns of one allocation; rows of different length leave columns unused.
-
-    It has what transformers asks of a cache. Rotation is part of a key, so that a column may hold any position.
+@dataclass(frozen=True, slots=True, eq=False)
+class _New:
+    """New positions of a text in one pass.
 
     Attributes:
-        adapters: for each row the adapter that its keys and values are made with; None for none.
-        layers: for each layer keys and values, each ``[rows, heads, columns, head_dim]``.
-        seen: ``[rows, columns]`` bool on CPU: what later tokens of the row see.
-        used: how many columns are taken.
+        adapter: with which they are computed; None for none.
+        cache: what is known of the text.
+        ids: their tokens.
+        depths: how many positions behind the cache each of them is.
+        seen: as `Attention` takes it.
     """
 
-    is_compileable = False
+    adapter: str | None
+    cache: KeysAndValues
+    ids: Sequence[int]
+    depths: Sequence[int]
+    seen: Tensor | None = None
 
-    def __init__(self, model: PreTrainedModel, adapters: Sequence[str | None], columns: int) -> None:
-        config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (len(adapters), config.num_key_value_heads, columns, head_dim)
-        of = model.get_input_embeddings().weight
-        self.layers = [(of.new_zeros(shape), of.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
-        self.adapters = list(adapters)
-        self.seen = torch.zeros(len(adapters), columns, dtype=torch.bool)
-        self.used = 0
+    @classmethod
+    def plain(cls, adapter: str | None, cache: KeysAndValues, ids: Sequence[int]) -> _New:
+        """Tokens one after the other."""
+        return cls(adapter, cache, ids, range(len(ids)))
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Put new keys and values behind those of a layer; returns all of them."""
-        end = self.used + keys.shape[2]
-        all_keys, all_values = self.layers[layer]
-        all_keys[:, :, self.used : end] = keys
-        all_values[:, :, self.used : end] = values
-        return all_keys[:, :, :end], all_values[:, :, :end]
-
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """How many columns are taken."""
-        return self.used
-
-    def put(self, prefixes: Sequence[_Prefix], count: int) -> None:
-        """Begin each row with the first tokens of its prefix; rows beside each other that have the same are best."""
-        start = 0
-        for prefix, run in groupby(prefixes):
-            end = start + sum(1 for _ in run)
-            for (keys, values), (prefix_keys, prefix_values) in zip(self.layers, prefix.layers, strict=True):
-                keys[start:end, :, :count] = prefix_keys[:, :, :count]
-                values[start:end, :, :count] = prefix_values[:, :, :count]
-            start = end
-        self.seen[:, :count] = True
-        self.used = count
-
-    def make_room(self, columns: int) -> None:
-        """Make sure that so many more columns fit."""
-        lacking = self.used + columns - self.seen.shape[1]
-        if lacking <= 0:
-            return
-        more = max(lacking, self.seen.shape[1] // 4)
-        self.seen = torch.nn.functional.pad(self.seen, (0, more))
-        self.layers = [
-            (torch.nn.functional.pad(keys, (0, 0, 0, more)), torch.nn.functional.pad(values, (0, 0, 0, more)))
-            for keys, values in self.layers
-        ]
-
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows."""
-        chosen = torch.tensor(rows, dtype=torch.int64)
-        self.adapters = [self.adapters[row] for row in rows]
-        self.seen = self.seen[chosen]
-        chosen = chosen.to(self.layers[0][0].device)
-        if rows:
-            self.layers = [(keys[chosen], values[chosen]) for keys, values in self.layers]
-        else:
-            self.layers = []
+    @classmethod
+    def with_tree(cls, text: _Text, tree: DraftTree) -> _New:
+        """What is pending of a text, and a tree behind it."""
+        pending = len(text.row.pending)
+        ids = [*text.row.pending, *(tree.tokens[node] for node in tree.computed)]
+        depths = [*range(pending), *(pending - 1 + tree.depths[node] for node in tree.computed)]
+        return cls(text.row.adapter, text.cache, ids, depths, _seen(pending, tree) if tree.computed else None)
 
 
-def _mask(pending: int, tree: DraftTree, width: int) -> Tensor:
-    """Who sees whom among new positions, ``[width, width]``: pending tokens those before them, a node of the tree all
-    pending tokens and its ancestors. Every position sees itself, also one that is padding."""
-    mask = torch.eye(width, dtype=torch.bool)
+def _seen(pending: int, tree: DraftTree) -> Tensor:
+    """Who sees whom among new positions, ``[new, new]``: pending tokens those before them and themselves, a node of the
+    tree all pending tokens, its ancestors and itself."""
+    mask = torch.eye(pending + len(tree.computed), dtype=torch.bool)
     mask[:pending, :pending] = torch.ones(pending, pending, dtype=torch.bool).tril()
     rows = {ROOT: pending - 1}
     for row, node in enumerate(tree.computed, start=pending):
         rows[node] = row
-        if pending:
-            mask[row] |= mask[rows[tree.parents[node]]]
+        mask[row] |= mask[rows[tree.parents[node]]]
     return mask
 
 

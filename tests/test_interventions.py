@@ -78,6 +78,42 @@ async def test_personal_data_is_masked_and_the_stream_goes_on() -> None:
     assert decision.leaked == 0
 
 
+async def test_a_guard_that_fails_behind_a_mask_lets_no_half_of_a_number_out() -> None:
+    """The policy lets text go on unjudged; what was begun to be taken out still is, however it comes."""
+
+    class Failing(Personal):
+        def call(self, word: str) -> tuple[Severity, str | None]:
+            if word == "then":
+                raise RuntimeError
+            return super().call(word)
+
+    lenient = policy(on_guard_error="allow", debounce="1")
+    texts = ("to ann@example.org and ", "then ", "call 030 12", "34567 or 040 ", "7654321.")
+    released, _ = await run(*texts, guard=Failing(), policy=lenient)
+
+    assert released == "to xxx@xxxxxxx.xxx and then call 999 9999999 or 999 9999999."
+
+
+async def test_what_left_is_what_was_released_and_its_masks_say_where_it_differs() -> None:
+    moderator = StreamModerator(Personal(), policy())
+    steps = [await moderator.feed(text) for text in ("call +49 30 123", "4567 or ann@exa", "mple.org", " and so on")]
+    steps.append(await moderator.finish())
+
+    assert "".join(step.released for step in steps) == moderator.left
+    text = moderator.text
+    for start, mask in (one for step in steps for one in step.masks):
+        text = text[:start] + mask + text[start + len(mask) :]
+    assert text == moderator.left == "call +99 99 9999999 or xxx@xxxxxxx.xxx and so on"
+
+
+async def test_where_nobody_masks_the_text_is_stopped_instead() -> None:
+    moderator = StreamModerator(Personal(), policy(), masks=False)
+    step = await moderator.feed("call me at ann@example.org 030 1234567 ")
+
+    assert step.decision is not None
+    assert (step.released, step.decision.action) == ("call me at", Action.BLOCK)
+
+
 async def test_a_number_at_the_very_end_is_masked() -> None:
     released, decision = await run("call me: 030 123", " 4567", policy=policy())
 

@@ -272,8 +272,13 @@ def _id(text: str) -> Taken:
 
 
 def _key(text: str) -> Taken:
+    if _EXPONENT.fullmatch(text):  # in JSON, it must stay one
+        return None
     digits = sum(sign.isdigit() for sign in text)
     return ("key", len(text)) if 3 <= digits < len(text) else None
+
+
+_EXPONENT: Final = re.compile(r"\d+[eE]-?\d+")
 
 
 def _number(text: str) -> Taken:

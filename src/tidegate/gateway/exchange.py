@@ -28,7 +28,7 @@ from tidegate.errors import StoreError, TidegateError, UpstreamError
 from tidegate.gateway import sse
 from tidegate.gateway.asked import Asked, PromptText
 from tidegate.gateway.channels import BLOCKS, Judging
-from tidegate.gateway.redaction import masked_body
+from tidegate.gateway.redaction import is_out, masked_body, spared_of
 from tidegate.gateway.schemas import decision_field, read_body, worst_decision
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import Telemetry
@@ -37,7 +37,7 @@ from tidegate.guards.base import StreamGuard
 from tidegate.moderate import Keep, Retry, moderate, surely
 from tidegate.policy import UNJUDGED_REQUEST, Policy, PolicySource, Retention, decide
 from tidegate.settings import Continues
-from tidegate.types import Action, Channel, Conversation, Coverage, CoverageState, Decision, Scope, Target
+from tidegate.types import Action, Conversation, Coverage, CoverageState, Decision, Scope, Target
 
 __all__ = ["Behind", "Door", "Endpoint", "Watch", "scope_of"]
 
@@ -421,20 +421,33 @@ class _Exchange(Generic[A]):
         await _drop(call)
         return self._refusal(decision, asked.new[number], await surely(_result(kept)))
 
-    def _mask_prompt(self, decisions: Sequence[Decision]) -> int:
-        """Take personal data out of what goes to the upstream, where the policy says so; how many places that were."""
+    def _mask_prompt(self, decisions: Sequence[Decision]) -> bool:
+        """Take personal data out of what goes to the upstream, where the policy says so; False when some is left."""
         if not self._masks:
-            return 0
-        taken_out = [one.action is Action.REDACT for one in decisions]
-        spared = {part.path for part in self._asked.coverage if part.channel is Channel.SYSTEM}
-        for text, redacted in zip(self._asked.new, taken_out, strict=False):
-            spared |= frozenset() if redacted else text.paths
-        for text, redacted in zip(self._asked.new, taken_out, strict=False):
-            spared -= text.paths if redacted else frozenset()
-        self._changed, count = masked_body(self._asked.body, spared)
+            return False
+        asked = self._asked
+        redacted = [text for text, one in zip(asked.new, decisions, strict=False) if one.action is Action.REDACT]
+        taken_out = frozenset[str]().union(*(text.paths for text in redacted))
+        spared = {*spared_of(asked.unseen, asked.coverage)}.union(*(text.paths for text in asked.new)) - taken_out
+        self._changed, count = masked_body(asked.body, spared, taken_out)
         if count:
             self._body = _bytes_of(self._changed)
-        return count
+        return not redacted or self._is_out(redacted)
+
+    def _is_out(self, redacted: Sequence[PromptText]) -> bool:
+        """Whether nothing personal is left in these texts of the request, as the door reads it now."""
+        try:
+            masked = self._door.read(self._changed, judge_system=self._behind.judge_system)
+        except (Problem, RecursionError):
+            return False
+        if len(masked.new) != len(self._asked.new):
+            return False
+        pairs = zip(self._asked.new, masked.new, strict=True)
+        return all(
+            is_out(before.conversation.turns[-1], after.conversation.turns[-1])
+            for before, after in pairs
+            if any(before is one for one in redacted)
+        )
 
     def _refusal(self, decision: Decision, text: PromptText, identity: str | None) -> ASGIApp:
         field = decision_field(decision, self._policy, text=text, identity=identity)

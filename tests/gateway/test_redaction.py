@@ -18,8 +18,11 @@ from gateway import messages_wire as wire
 from serving import PATIENCE_S, Record, serving
 from streams import cut
 from tidegate.gateway.app import create_app
+from tidegate.gateway.channels import Judging
 from tidegate.gateway.live_frames import PROTOCOL
+from tidegate.gateway.messages_answers import MessageStream, judge_message
 from tidegate.gateway.redaction import is_out, masked_body
+from tidegate.gateway.responses_answers import ResponseStream, judge_response
 from tidegate.policy import parse_policy
 from tidegate.testing import (
     FakeGuard,
@@ -27,13 +30,14 @@ from tidegate.testing import (
     FakeUpstream,
     Hang,
     Reply,
+    Send,
     completion,
     response,
     response_events,
     text_chunks,
     text_completion,
 )
-from tidegate.types import Role, Severity, ToolCall, Turn
+from tidegate.types import Conversation, Decision, Role, Scope, Severity, ToolCall, Turn
 
 PLANTED = ("ann@example.org", "030 1234567", "4111 1111 1111 1111")
 TEXT = "Write to ann@example.org, call 030 1234567 or pay with 4111 1111 1111 1111 before the evening."
@@ -554,6 +558,28 @@ def test_a_stopped_answer_is_empty_or_the_message(name: str, word: str, said: st
             "refusal",
             "incomplete",
         )
+
+
+async def test_the_message_is_in_the_language_of_the_scope_at_every_door() -> None:
+    async def keep(decision: Decision, conversation: Conversation) -> None:
+        return None
+
+    policy = parse_policy(HEAD + "intervention: replace\n" + RULES)
+    scope = Scope(language="de-AT")
+    judging = Judging(Personal(), policy, scope, Conversation.of("hi"), keep)
+    whole, _ = await judge_message(wire.message(BOMB), judging)
+    answered, _ = await judge_response(response(BOMB), judging, {})
+    told: dict[str, str] = {}
+    for name, stream in (("messages", MessageStream(judging)), ("responses", ResponseStream(judging, {}))):
+        sent = b""
+        for act in DOORS[name].stream([BOMB]).acts:
+            if not stream.done and isinstance(act, Send):
+                sent += await stream.feed(act.data)
+        told[name] = DOORS[name].reads_stream(events_of(sent.decode()))
+
+    assert whole["content"][0]["text"] == whole["stop_details"]["explanation"] == "Nicht hier."
+    assert RESPONSES.reads_whole(answered) == "Nicht hier."
+    assert told == {"messages": "Take a\n\nNicht hier.", "responses": "Take aNicht hier."}
 
 
 @pytest.mark.parametrize("name", ["messages", "responses"])

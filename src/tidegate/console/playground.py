@@ -161,9 +161,10 @@ async def play(
 ) -> AsyncGenerator[Event, None]:
     """Judge what was asked and what comes back; give the events of the module's text.
 
-    The upstream starts while the prompt is judged, or behind that where the policy could have the prompt masked. A prompt
-    that is blocked ends an ask; a text to judge is judged whatever its prompt is. The guard may take ``timeout_s``
-    seconds for a text or a piece of one; None for as long as it wants. Never raises a TidegateError: it becomes an ``error`` event.
+    The upstream starts while the prompt is judged, or behind that where the policy could have the prompt masked. A
+    prompt that is blocked ends an ask; a text to judge is judged whatever its prompt is. The guard may take
+    ``timeout_s`` seconds for a text or a piece of one; None for as long as it wants. Never raises a TidegateError: it
+    becomes an ``error`` event.
     """
     timing = _Timing()
     masks = ask.response is None and policy.for_scope(_SCOPE, Target.PROMPT).masks

@@ -569,6 +569,8 @@ class _Stream:
     async def _told(self, step: Step, taken: int) -> bool:
         self._taken += taken
         self._connection.underway -= taken
+        if taken:  # only now does the client know that it may send more
+            self._heard = asyncio.get_running_loop().time()
         if self._frame.tokens:
             self._untold += step.tokens
         self._masks += step.masks

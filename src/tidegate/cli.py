@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from tidegate.console.playground import Suggestion
     from tidegate.data.check import Tally
     from tidegate.gateway.entrance import EntranceOptions
+    from tidegate.gateway.tracing import Tracing
     from tidegate.guards import StreamGuard
     from tidegate.moderate import Step
     from tidegate.policy import Explanation, Policy, PolicySource, Replay
@@ -562,6 +563,7 @@ def _application(
     from tidegate.guards.breaker import BreakerOptions
 
     key = None if settings.upstream_key is None else settings.upstream_key.get_secret_value()
+    tracing = _tracing(settings)
     asking = None
     if settings.upstream_url is not None:
         upstream = Upstream(
@@ -569,6 +571,7 @@ def _application(
             key=key,
             connect_timeout_s=settings.upstream_connect_timeout,
             silence_timeout_s=settings.upstream_read_timeout,
+            tracing=tracing,
         )
         asking = Asking(upstream)
     console = create_console(
@@ -600,9 +603,18 @@ def _application(
             drain_s=settings.shutdown_timeout * _DRAIN_SHARE,
         ),
         entrance=_entrance(settings, store),
+        tracing=tracing,
         routes=console,
         on_close=[*((asking.close,) if asking else ()), store.aclose],
     )
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    if settings.traces == "none":
+        return None
+    provider = _from_extra("otel", "tidegate.gateway.tracing", "otlp_provider")()
+    tracing: Tracing = _from_extra("otel", "tidegate.gateway.tracing", "Tracing")(provider)
+    return tracing
 
 
 def _suggestions(*, demo: bool) -> Sequence[Suggestion]:

@@ -133,6 +133,8 @@ class Settings(BaseModel):
     """Longest silence of the upstream within an answer, in seconds."""
     shutdown_timeout: Seconds = 30.0
     """How long open streams may go on when the server is told to stop, in seconds."""
+    traces: Literal["none", "otlp"] = "none"
+    """Where traces go: ``otlp`` sends them where the ``OTEL_`` variables say."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity of what is logged. User text is never logged."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -41,6 +41,9 @@ from tidegate.moderate import Keep, failure_of
 from tidegate.policy import PolicySource, WatchedPolicy
 from tidegate.policy.watching import Outcome
 from tidegate.types import Conversation, Severity
+
+if TYPE_CHECKING:
+    from tidegate.gateway.tracing import Tracing
 
 __all__ = ["HealthTexts", "create_app"]
 
@@ -78,6 +81,7 @@ def create_app(
     judge_system: bool = False,
     live: LiveLimits = LiveLimits(),  # noqa: B008 - frozen
     entrance: EntranceOptions | None = None,
+    tracing: Tracing | None = None,
     routes: Sequence[BaseRoute] = (),
     on_close: Sequence[Callable[[], Any]] = (),
 ) -> Starlette:
@@ -106,13 +110,15 @@ def create_app(
             operator's own words in most installations; say yes where tenants write them.
         live: what clients of ``/v1/live`` are held to.
         entrance: who is let in, how much each may do, and what is remembered; None for everybody, anything, nothing.
+        tracing: makes spans of requests, of calls of the upstream, and of what the guard does; closed when the app
+            shuts down. None for no traces.
         routes: more routes beside the gateway's, as the console's.
         on_close: called (and awaited, where it gives something to await) at shutdown, after the guard is closed.
 
     Raises:
         InputError: when ``upstream_url`` is not an address, or the Redis of the entrance has none.
     """
-    telemetry = Telemetry()
+    telemetry = Telemetry(tracing)
     gate = Entrance(entrance or EntranceOptions(), telemetry.registry)
     timed = TimedGuard(CallersGuard(guard), telemetry)
     guarded = _guarded(gate.remembering(timed), fallback, breaker, guard_timeout_s, telemetry)
@@ -120,7 +126,11 @@ def create_app(
     upstream = None
     if upstream_url is not None:
         upstream = Upstream(
-            upstream_url, key=upstream_key, connect_timeout_s=connect_timeout_s, silence_timeout_s=silence_timeout_s
+            upstream_url,
+            key=upstream_key,
+            connect_timeout_s=connect_timeout_s,
+            silence_timeout_s=silence_timeout_s,
+            tracing=tracing,
         )
     behind = Behind(
         guard=guarded,
@@ -180,6 +190,8 @@ def create_app(
                 closing = close()
                 if inspect.isawaitable(closing):
                     await closing
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = Starlette(
         routes=[
@@ -209,6 +221,8 @@ def create_app(
     )
     gate.put_before(app)
     app.add_middleware(_Counted, telemetry=telemetry)
+    if tracing is not None:
+        app.add_middleware(tracing.around)
     return app
 
 

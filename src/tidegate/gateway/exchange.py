@@ -299,7 +299,14 @@ class _Exchange(Generic[A]):
             return
         door = self._door
         call = asyncio.ensure_future(
-            self._upstream.send("POST", door.path, headers=self._headers, key_header=door.key_header, body=self._body)
+            self._upstream.send(
+                "POST",
+                door.path,
+                headers=self._headers,
+                key_header=door.key_header,
+                body=self._body,
+                model=self._asked.model,
+            )
         )
         try:
             refusal = await self._judge_prompt(call)

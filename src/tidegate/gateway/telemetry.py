@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import cast, get_args
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, cast, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -15,6 +15,9 @@ from tidegate.guards.terms import Terms, on_terms
 from tidegate.policy import UNJUDGED_ANSWER, UNJUDGED_REQUEST, Policy
 from tidegate.types import Channel, Conversation, Decision, TokenVerdict, Verdict
 
+if TYPE_CHECKING:
+    from tidegate.gateway.tracing import StreamSpan, Tracing
+
 __all__ = ["CONTENT_TYPE", "Telemetry", "TimedGuard"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -23,9 +26,14 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 
 
 class Telemetry:
-    """The metrics of one gateway."""
+    """The metrics of one gateway.
 
-    def __init__(self) -> None:
+    Args:
+        tracing: is told of decisions and of what the guard does; None for no traces.
+    """
+
+    def __init__(self, tracing: Tracing | None = None) -> None:
+        self.tracing = tracing
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "tidegate_requests", "Requests that were answered.", ("route", "status"), registry=self.registry
@@ -88,6 +96,8 @@ class Telemetry:
 
     def count(self, decision: Decision, target: str) -> None:
         """Count one decision about a ``prompt``, a ``response`` or a ``moderation``."""
+        if self.tracing is not None:
+            self.tracing.decision(decision, target)
         self.decisions.labels(target, decision.action.word).inc()
         if decision.observed is not None:
             self.observed.labels(target, decision.action.word, decision.observed.action.word).inc()
@@ -126,7 +136,7 @@ class Telemetry:
 
 
 class TimedGuard:
-    """The same guard, with its time taken."""
+    """The same guard, with its time taken, and with spans where there are traces."""
 
     def __init__(self, guard: StreamGuard, telemetry: Telemetry) -> None:
         self._guard = guard
@@ -137,16 +147,22 @@ class TimedGuard:
         return self._guard.name
 
     async def judge(self, conversation: Conversation) -> Verdict:
+        tracing = self._telemetry.tracing
         begun = time.perf_counter()
         try:
-            return await self._guard.judge(conversation)
+            with nullcontext() if tracing is None else tracing.judging(self.name):
+                return await self._guard.judge(conversation)
         finally:
             self._telemetry.judge_seconds.observe(time.perf_counter() - begun)
 
     def open(
         self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
     ) -> Session:
-        return _TimedSession(self._guard.open(context, channel, reasoning=reasoning, name=name), self._telemetry)
+        return _TimedSession(
+            self._guard.open(context, channel, reasoning=reasoning, name=name),
+            self._telemetry,
+            None if self._telemetry.tracing is None else self._telemetry.tracing.watching(self.name, channel),
+        )
 
     @property
     def takes_ids(self) -> bool:
@@ -164,33 +180,37 @@ class TimedGuard:
 
 
 class _TimedSession:
-    __slots__ = ("_session", "_telemetry")
+    __slots__ = ("_session", "_span", "_telemetry")
 
-    def __init__(self, session: Session, telemetry: Telemetry) -> None:
+    def __init__(self, session: Session, telemetry: Telemetry, span: StreamSpan | None = None) -> None:
         self._session = session
         self._telemetry = telemetry
+        self._span = span
 
     async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
-        begun = time.perf_counter()
-        try:
-            return await self._session.feed(text)
-        finally:
-            self._telemetry.step_seconds.observe(time.perf_counter() - begun)
+        return await self._timed(self._session.feed(text))
 
     async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
-        begun = time.perf_counter()
-        session = cast(IdSession, self._session)
-        try:
-            return await session.feed_ids(ids)
-        finally:
-            self._telemetry.step_seconds.observe(time.perf_counter() - begun)
+        return await self._timed(cast(IdSession, self._session).feed_ids(ids))
 
     async def finish(self) -> tuple[TokenVerdict, ...]:
+        return await self._timed(self._session.finish())
+
+    async def _timed(self, step: Awaitable[tuple[TokenVerdict, ...]]) -> tuple[TokenVerdict, ...]:
         begun = time.perf_counter()
         try:
-            return await self._session.finish()
+            tokens = await step
+            if self._span is not None:
+                self._span.stepped(len(tokens))
+            return tokens
+        except BaseException as error:
+            if self._span is not None:
+                self._span.fail(error)
+            raise
         finally:
             self._telemetry.step_seconds.observe(time.perf_counter() - begun)
 
     def close(self) -> None:
+        if self._span is not None:
+            self._span.end()
         self._session.close()

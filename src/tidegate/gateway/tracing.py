@@ -7,6 +7,7 @@ one. Needs the extra ``otel``; where spans go is OpenTelemetry's own matter, as 
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from tidegate.types import Channel, Decision
 __all__ = ["TracedApp", "Tracing", "UpstreamSpan", "otlp_provider"]
 
 _IDENTITY: Final = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)
+_PROBES: Final = frozenset(("/livez", "/healthz", "/metrics"))
+"""What monitoring asks every few seconds: spans of these would hide the others."""
 _OPERATIONS: Final = {
     "/chat/completions": "chat",
     "/responses": "chat",
@@ -62,8 +65,9 @@ class Tracing:
     def call(self, method: str, path: str, model: str | None, headers: MutableMapping[str, str]) -> UpstreamSpan:
         """Begin the span of a call of the upstream, and tell the upstream of it in these headers."""
         operation = _OPERATIONS.get(path)
-        attributes = {"http.request.method": method, "url.template": path}
-        name = f"{method} {path}"
+        template = "/models/{name}" if path.startswith("/models/") else path
+        attributes = {"http.request.method": method, "url.template": template}
+        name = f"{method} {template}"
         if operation is not None:
             attributes["gen_ai.operation.name"] = operation
             name = operation
@@ -79,10 +83,10 @@ class Tracing:
         trace.get_current_span().add_event("tidegate.decision", decided(decision, target))
 
     @contextmanager
-    def judging(self, guard: str, call: str) -> Iterator[Span]:
+    def judging(self, guard: str) -> Iterator[Span]:
         """Around a call of the guard; what it raises is an error of the span, by its kind alone."""
         with self.tracer.start_as_current_span(
-            f"guard {call}", attributes={"tidegate.guard": guard}, record_exception=False, set_status_on_exception=False
+            "guard judge", attributes={"tidegate.guard": guard}, record_exception=False, set_status_on_exception=False
         ) as span:
             try:
                 yield span
@@ -95,8 +99,12 @@ class Tracing:
         attributes = {"tidegate.guard": guard, "tidegate.channel": channel.value}
         return StreamSpan(self.tracer.start_span("guard stream", attributes=attributes))
 
+    def around(self, app: ASGIApp) -> TracedApp:
+        """The app, with a span for each request."""
+        return TracedApp(app, self)
+
     def close(self) -> None:
-        """Send what waits, and close the provider."""
+        """Send what waits, and close the provider: that may take as long as the place where spans go."""
         shutdown = getattr(self._provider, "shutdown", None)
         if shutdown is not None:
             shutdown()
@@ -152,16 +160,16 @@ class UpstreamSpan:
 
 @dataclass(slots=True)
 class StreamSpan:
-    """The span of one session of a guard.
-
-    Attributes:
-        pieces: how many pieces of text the guard was given.
-        tokens: how many tokens it judged.
-    """
+    """The span of one session of a guard: how many pieces of text it was given, and how many tokens it judged."""
 
     span: Span
     pieces: int = 0
     tokens: int = 0
+
+    def stepped(self, tokens: int) -> None:
+        """The guard took a piece, or the end, and judged so many tokens."""
+        self.pieces += 1
+        self.tokens += tokens
 
     def fail(self, error: BaseException) -> None:
         """The guard could not judge."""
@@ -186,7 +194,7 @@ class TracedApp:
         self._tracing = tracing
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        if scope["type"] not in ("http", "websocket") or scope["path"] in _PROBES:
             await self._app(scope, receive, send)
             return
         method = scope.get("method", "GET")
@@ -211,6 +219,8 @@ class TracedApp:
             try:
                 await self._app(scope, receive, watched)
             except BaseException as error:
+                if not isinstance(error, asyncio.CancelledError):
+                    span.set_attribute("http.response.status_code", 500)
                 failed(span, type(error).__name__)
                 raise
             finally:

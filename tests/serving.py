@@ -65,12 +65,12 @@ async def until(condition: Callable[[], Any], what: str = "the condition") -> No
 
 
 @contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """Serve an ASGI app on a free port in a thread; gives its address."""
+def serving(app: Any, **options: Any) -> Iterator[str]:
+    """Serve an ASGI app on a free port in a thread; gives its address. Options are uvicorn's."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    options: Any = {"ws": DrainingWebSockets, "timeout_graceful_shutdown": 2, "lifespan": "on"}
-    config = uvicorn.Config(app, log_level="critical", **options)
+    usual: Any = {"log_level": "critical", "ws": DrainingWebSockets, "timeout_graceful_shutdown": 2, "lifespan": "on"}
+    config = uvicorn.Config(app, **{**usual, **options})
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()

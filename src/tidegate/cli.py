@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
-import copy
 import importlib
 import json
 import os
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from tidegate.console.playground import Suggestion
     from tidegate.data.check import Tally
     from tidegate.gateway.entrance import EntranceOptions
+    from tidegate.gateway.logs import LogFormat
     from tidegate.gateway.tracing import Tracing
     from tidegate.guards import StreamGuard
     from tidegate.moderate import Step
@@ -468,6 +468,8 @@ def _serve(settings: Settings, *, demo: bool) -> None:
             application,
             settings.shutdown_timeout,
             settings.log_level,
+            log_format=settings.log_format,
+            access=settings.access_log,
             ws_max_size=settings.max_body_bytes,
             **_connection_options(settings),
         )
@@ -699,19 +701,23 @@ def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str]) ->
         raise TidegateError("the server could not start; its messages are above")
 
 
-def _server_config(application: Starlette, shutdown_timeout: float, log_level: str, **options: Any) -> uvicorn.Config:
-    from uvicorn.config import LOGGING_CONFIG
-
+def _server_config(
+    application: Starlette,
+    shutdown_timeout: float,
+    log_level: str,
+    *,
+    log_format: LogFormat = "text",
+    access: bool = False,
+    **options: Any,
+) -> uvicorn.Config:
     from tidegate.gateway.connections import BoundedConfig
     from tidegate.gateway.draining import DrainingWebSockets
+    from tidegate.gateway.logs import log_config
 
-    logging = copy.deepcopy(LOGGING_CONFIG)
-    logging["loggers"]["tidegate"] = {"handlers": ["default"], "level": log_level.upper(), "propagate": False}
     return BoundedConfig(
         application,
-        log_config=logging,
-        log_level="warning" if log_level == "info" else log_level,
-        access_log=log_level == "debug",
+        log_config=log_config(log_level, log_format, access=access or log_level == "debug"),
+        access_log=False,
         timeout_graceful_shutdown=max(1, round(shutdown_timeout)),
         server_header=False,
         ws=DrainingWebSockets,

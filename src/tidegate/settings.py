@@ -137,6 +137,10 @@ class Settings(BaseModel):
     """Where traces go: ``otlp`` sends them where the ``OTEL_`` variables say."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity of what is logged. User text is never logged."""
+    log_format: Literal["text", "json"] = "text"
+    """Lines of text, or one JSON object a line."""
+    access_log: bool = False
+    """Whether each request is a line of the log, with its route and status; at ``debug`` they are anyway."""
 
     @field_validator("open_doors", "allowed_hosts", mode="before")
     @classmethod

@@ -203,7 +203,7 @@ def test_probes_make_no_spans() -> None:
     """They come every few seconds, and would hide the others."""
     traced = Traced(None)
     with serving(traced.app) as url:
-        for path in ("/healthz", "/metrics"):
+        for path in ("/livez", "/healthz", "/metrics"):
             httpx.get(url + path)
 
     assert traced.spans == []

@@ -27,6 +27,7 @@ from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.guard import GuardDoor
 from tidegate.gateway.live import Live, LiveLimits
 from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
+from tidegate.gateway.logs import AccessLog
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
 from tidegate.gateway.responses import ResponsesDoor, refuse_stored
@@ -207,6 +208,7 @@ def create_app(
             WebSocketRoute("/v1/live", live_streams.connect),
             Route("/v1/models", models.list, methods=["GET"]),
             Route("/v1/models/{name:path}", models.one, methods=["GET"]),
+            Route("/livez", _alive, methods=["GET"]),
             Route("/healthz", checkup.tell, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
             *routes,
@@ -221,6 +223,7 @@ def create_app(
     )
     gate.put_before(app)
     app.add_middleware(_Counted, telemetry=telemetry)
+    app.add_middleware(AccessLog)
     if tracing is not None:
         app.add_middleware(tracing.around)
     return app
@@ -263,6 +266,11 @@ def _watching(policy: PolicySource, telemetry: Telemetry) -> asyncio.Task[None] 
 
     policy.tell = tell_from_thread
     return asyncio.create_task(policy.watch())
+
+
+async def _alive(request: Request) -> Response:
+    """``GET /livez``: this process answers. Nothing is asked, so that a slow guard gets no gateway restarted."""
+    return JSONResponse({"status": "ok", "version": __version__})
 
 
 class _Health:

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from tidegate import __version__
+from tidegate.gateway.logs import METHODS, trace_id
 from tidegate.types import Channel, Decision
 
 __all__ = ["TracedApp", "Tracing", "UpstreamSpan", "otlp_provider"]
@@ -197,7 +198,8 @@ class TracedApp:
         if scope["type"] not in ("http", "websocket") or scope["path"] in _PROBES:
             await self._app(scope, receive, send)
             return
-        method = scope.get("method", "GET")
+        asked = scope.get("method", "GET")
+        method = asked if asked in METHODS else "_OTHER"
         attributes: dict[str, Any] = {"http.request.method": method, "url.scheme": scope.get("scheme", "http")}
         carried = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         with self._tracing.tracer.start_as_current_span(
@@ -208,6 +210,7 @@ class TracedApp:
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
+            trace_id.set(format(span.get_span_context().trace_id, "032x"))
 
             async def watched(message: Message) -> None:
                 if message["type"] == "http.response.start":

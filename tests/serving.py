@@ -48,17 +48,17 @@ def make_policy(text: str = POLICY, **changes: Any) -> Policy:
     return parse_policy("\n".join((*(f"{name}: {value}" for name, value in changes.items()), *lines)))
 
 
-def wait_until(condition: Callable[[], Any], what: str = "the condition") -> None:
+def wait_until(condition: Callable[[], Any], what: str = "the condition", *, patience_s: float = PATIENCE_S) -> None:
     """Wait until something is so; fails after a generous time."""
-    limit = time.monotonic() + PATIENCE_S
+    limit = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < limit, f"waited in vain for {what}"
         time.sleep(0.005)
 
 
-async def until(condition: Callable[[], Any], what: str = "the condition") -> None:
+async def until(condition: Callable[[], Any], what: str = "the condition", *, patience_s: float = PATIENCE_S) -> None:
     """The same, for async tests."""
-    limit = time.monotonic() + PATIENCE_S
+    limit = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < limit, f"waited in vain for {what}"
         await asyncio.sleep(0.005)

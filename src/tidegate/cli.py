@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import functools
 import importlib
 import json
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -419,16 +421,28 @@ def serve(
     auth: Annotated[
         str | None, typer.Option(help="Who is let in: none, or keys.", show_default="none, on this machine only")
     ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Processes that serve.", show_default="1")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Start the demo upstream too: no LLM needed.")] = False,
 ) -> None:
     """Serve the gateway (for programs) and the playground (for people)."""
     if demo and upstream is not None:
         raise InputError("--demo starts an upstream of its own: leave --upstream out")
     with _demo_running() if demo else contextlib.nullcontext(upstream) as url:
-        settings = read_settings(
-            upstream_url=url, policy=policy, guard=guard, host=host, port=port, database_url=database, auth=auth
-        )
-        _serve(settings, demo=demo)
+        given: dict[str, Any] = {
+            "upstream_url": url,
+            "policy": policy,
+            "guard": guard,
+            "host": host,
+            "port": port,
+            "database_url": database,
+            "auth": auth,
+            "workers": workers,
+        }
+        settings = read_settings(**given)
+        if settings.workers > 1:
+            _serve_workers(settings, given, demo=demo)
+        else:
+            _serve(settings, demo=demo)
 
 
 @app.command("demo-upstream")
@@ -454,26 +468,84 @@ def _serve(settings: Settings, *, demo: bool) -> None:
 
     auth = settings.check_entrance()
     policy = WatchedPolicy(settings.policy)
-    guard = load_guard(settings.guard, adapters=settings.adapters) if settings.adapters else load_guard(settings.guard)
+    guard = _load_guard(settings)
     fallback = None if settings.guard == "edge" else load_guard("edge")
     with (
         _listening(settings.host, settings.port, settings.client_timeout) as socket,
         _open_store(settings) as store,
     ):
         application = _application(settings, guard, fallback, policy, store, demo=demo)
-        address = _address(socket, secure=settings.tls_cert is not None)
         _warn_open(settings, auth, store)
-        words = (f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz")
-        config = _server_config(
-            application,
-            settings.shutdown_timeout,
-            settings.log_level,
-            log_format=settings.log_format,
-            access=settings.access_log,
-            ws_max_size=settings.max_body_bytes,
-            **_connection_options(settings),
+        _run_server(_settings_config(settings, application), socket, _addresses(settings, socket))
+
+
+def _serve_workers(settings: Settings, given: dict[str, Any], *, demo: bool) -> None:
+    """Supervise workers, which read the settings again when they start: a restart takes a new secret from its file."""
+    from tidegate.gateway.workers import Workers
+    from tidegate.policy import WatchedPolicy
+
+    if settings.database_url in ("sqlite://", "sqlite:///:memory:"):
+        raise InputError("several workers need a database that is not in memory only", where="TIDEGATE_DATABASE_URL")
+    auth = settings.check_entrance()  # what is wrong here is said once, and not by each worker
+    WatchedPolicy(settings.policy)
+    with _open_store(settings) as store:
+        _warn_open(settings, auth, store)
+    with (
+        _listening(settings.host, settings.port, settings.client_timeout) as socket,
+        tempfile.TemporaryDirectory(prefix="tidegate-metrics-") as folder,
+    ):
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        words = _addresses(settings, socket)
+        config = _settings_config(
+            settings,
+            functools.partial(_worker, given, demo=demo),
+            factory=True,
+            workers=settings.workers,
+            timeout_worker_healthcheck=_WORKER_PATIENCE,
         )
-        _run_server(config, socket, words)
+        workers = Workers(config, [socket], Path(folder), lambda: _say("\n".join(words)))
+        workers.run()
+    if workers.interrupted:
+        raise KeyboardInterrupt
+    if workers.failed:
+        raise TidegateError("a worker could not start; its messages are above")
+
+
+_WORKER_PATIENCE: Final = 60
+"""Seconds that a worker may take to start, and to say that it is well."""
+
+
+def _worker(given: dict[str, Any], *, demo: bool) -> Starlette:
+    """The gateway of one worker. What is wrong ends it in a way that makes the supervisor give up."""
+    from uvicorn.config import STARTUP_FAILURE
+
+    from tidegate.gateway.workers import end_with_parent
+    from tidegate.guards import load_guard
+    from tidegate.policy import WatchedPolicy
+
+    end_with_parent()
+    try:
+        settings = read_settings(**given)
+        guard = _load_guard(settings)
+        fallback = None if settings.guard == "edge" else load_guard("edge")
+        policy = WatchedPolicy(settings.policy)
+        return _application(settings, guard, fallback, policy, _open_store(settings), demo=demo)
+    except TidegateError as error:
+        _say(f"tidegate: {error}", style="red")
+        raise SystemExit(STARTUP_FAILURE) from None
+
+
+def _load_guard(settings: Settings) -> StreamGuard:
+    from tidegate.guards import load_guard
+
+    if settings.adapters:
+        return load_guard(settings.guard, adapters=settings.adapters)
+    return load_guard(settings.guard)
+
+
+def _addresses(settings: Settings, socket: Socket) -> tuple[str, ...]:
+    address = _address(socket, secure=settings.tls_cert is not None)
+    return f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz"
 
 
 _DRAIN_SHARE: Final = 0.8
@@ -702,7 +774,7 @@ def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str]) ->
 
 
 def _server_config(
-    application: Starlette,
+    application: Starlette | Callable[[], Starlette],
     shutdown_timeout: float,
     log_level: str,
     *,
@@ -724,6 +796,21 @@ def _server_config(
         ws_ping_interval=_PING_S,
         ws_ping_timeout=_PING_S,
         ws_per_message_deflate=False,  # small frames that should arrive at once, and no memory for each connection
+        **options,
+    )
+
+
+def _settings_config(
+    settings: Settings, application: Starlette | Callable[[], Starlette], **options: Any
+) -> uvicorn.Config:
+    return _server_config(
+        application,
+        settings.shutdown_timeout,
+        settings.log_level,
+        log_format=settings.log_format,
+        access=settings.access_log,
+        ws_max_size=settings.max_body_bytes,
+        **_connection_options(settings),
         **options,
     )
 

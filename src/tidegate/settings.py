@@ -61,6 +61,8 @@ class Settings(BaseModel):
     """Address that the server listens on. The default is reachable from this machine only."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080
     """Port that the server listens on; 0 takes a free one."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Number of processes that serve; several need a database that is not in memory only."""
     upstream_url: str | None = None
     """Base URL of the OpenAI-compatible server behind the gateway, as ``http://127.0.0.1:8000/v1``; None for none."""
     upstream_key: SecretStr | None = None

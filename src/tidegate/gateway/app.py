@@ -26,8 +26,8 @@ from tidegate.gateway.entrance import Entrance, EntranceOptions
 from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.guard import GuardDoor
 from tidegate.gateway.live import Live, LiveLimits
-from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
 from tidegate.gateway.logs import AccessLog
+from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
 from tidegate.gateway.responses import ResponsesDoor, refuse_stored
@@ -52,6 +52,8 @@ DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(), CompletionsDoor(), ResponsesD
 """The protocols that clients can speak to an upstream."""
 
 DEFAULT_LONGEST_BODY: Final = 8 * 1024 * 1024
+_LAST_WORDS_S: Final = 5.0
+"""Seconds that exchanges may take to end when the server has waited as long as it would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,7 @@ def create_app(
         client_timeout_s=client_timeout_s,
     )
     models = Models(upstream, guard.name, policy, behind.trusted, telemetry)
+    running: set[asyncio.Task[Any]] = set()
     checkup = _Health(guard, health, health_timeout_s, policy)
 
     async def metrics(request: Request) -> Response:
@@ -187,6 +190,8 @@ def create_app(
         finally:
             if watching is not None:
                 watching.cancel()
+            if running:  # the server has cancelled them: they tell their clients, and keep their decisions
+                await asyncio.wait(running, timeout=_LAST_WORDS_S)
             for close in (*((upstream.close,) if upstream else ()), guarded.close, gate.close, *on_close):
                 closing = close()
                 if inspect.isawaitable(closing):
@@ -222,7 +227,7 @@ def create_app(
         lifespan=life,
     )
     gate.put_before(app)
-    app.add_middleware(_Counted, telemetry=telemetry)
+    app.add_middleware(_Counted, telemetry=telemetry, running=running)
     app.add_middleware(AccessLog)
     if tracing is not None:
         app.add_middleware(tracing.around)
@@ -353,17 +358,24 @@ async def _tell_bug(request: Request, error: Exception) -> Response:
 
 
 class _Counted:
-    """Counts requests by route and status; a client that went away before the status is ``gone``."""
+    """Counts requests by route and status; a client that went away before the status is ``gone``.
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+    ``running`` holds the tasks of those that are under way.
+    """
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, running: set[asyncio.Task[Any]]) -> None:
         self._app = app
         self._telemetry = telemetry
+        self._running = running
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         status = "gone"
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -377,6 +389,7 @@ class _Counted:
             status = "500" if status == "gone" else status
             raise
         finally:
+            self._running.discard(task)
             route = scope.get("route")
             path = getattr(route, "path", "other") if scope.get("endpoint") else "other"
             self._telemetry.requests.labels(path, status).inc()

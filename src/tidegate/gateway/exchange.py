@@ -44,6 +44,9 @@ T = TypeVar("T")
 _log = logging.getLogger("tidegate.gateway")
 _EVENT_STREAM: Final = "text/event-stream"
 _UNJUDGED: Final = "there is text here that no guard can judge, and the policy takes no such request"
+_TELL_S: Final = 1.0
+"""Seconds that a client may take to be told that the server stops."""
+_SOON: Final = {"retry-after": "1"}
 _NO_UPSTREAM: Final = "this gateway has no upstream: start it with one"
 
 
@@ -270,9 +273,15 @@ class _Exchange(Generic[A]):
         self._headers = headers
         self._body = body
         self._keeping: list[asyncio.Task[str | None]] = []
+        self._begun = False
+        self._stopping = False
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._run(scope, receive, send))
+        async def noted(message: Message) -> None:
+            self._begun = True
+            await send(message)
+
+        work = asyncio.ensure_future(self._run(scope, receive, noted))
         gone = asyncio.ensure_future(_hang_up(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -281,12 +290,17 @@ class _Exchange(Generic[A]):
         except _Stalled:
             self._behind.telemetry.stalled_clients.inc()
             _log.warning("a client stopped reading its answer, and was given up")
+        except asyncio.CancelledError:
+            self._stopping = True
+            _log.warning("an exchange was ended, because the server stops")
         finally:
             for task in (gone, work):
                 task.cancel()
             await asyncio.wait({work, gone})
             if not work.cancelled() and work.exception() is not None and not isinstance(work.exception(), _Stalled):
                 _log.debug("exchange ended early: %s", type(work.exception()).__name__)
+        if self._stopping and not self._begun:
+            await self._endpoint.tell(_stopped())(scope, receive, _patient(send, _TELL_S))
 
     async def _run(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         try:
@@ -454,12 +468,21 @@ class _Exchange(Generic[A]):
                 answer.close()
                 event = self._door.error_event(problem_of(error))
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+            except asyncio.CancelledError:  # the client is gone, or the server stops
+                answer.close()
+                if not self._stopping:
+                    raise
             finally:
                 telemetry.held.dec(held)
                 await surely(_closed(stream))
                 telemetry.released.inc(stream.released)
         if stream.error is not None:
             self._count_error(stream.error)
+        if self._stopping:
+            event = self._door.error_event(_stopped())
+            with contextlib.suppress(_Stalled):
+                await _patient(to_client, _TELL_S)({"type": "http.response.body", "body": event, "more_body": False})
+            return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         if stream.complete:
             await answer.leave()
@@ -469,6 +492,10 @@ class _Exchange(Generic[A]):
             kind = {None: "malformed", 502: "broken", 504: "timeout"}.get(error.status, "broken")
             self._behind.telemetry.upstream_errors.labels(kind).inc()
         _log.warning("exchange failed: %s", type(error).__name__)
+
+
+def _stopped() -> Problem:
+    return Problem(503, "this gateway is being stopped: ask again", "server_error", None, "stopping", _SOON)
 
 
 async def _advance(stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes]:

@@ -1,13 +1,20 @@
-"""What is counted and timed, for Prometheus. A registry of its own for each app; no label ever carries user text."""
+"""What is counted and timed, for Prometheus. A registry of its own for each app; no label ever carries user text.
+
+With several workers, each writes its numbers to files, and any of them tells the sum: prometheus_client's multiprocess
+mode, which is on where ``PROMETHEUS_MULTIPROC_DIR`` is set when it is first imported. There a gauge is the sum or the
+highest value of the workers that live.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from tidegate.guards.base import IdGuard, IdSession, IdText, Session, StreamGuard
 from tidegate.guards.breaker import State
@@ -18,11 +25,16 @@ from tidegate.types import Channel, Conversation, Decision, TokenVerdict, Verdic
 if TYPE_CHECKING:
     from tidegate.gateway.tracing import StreamSpan, Tracing
 
-__all__ = ["CONTENT_TYPE", "Telemetry", "TimedGuard"]
+__all__ = ["CONTENT_TYPE", "Telemetry", "TimedGuard", "several_workers"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+def several_workers() -> bool:
+    """Whether numbers are told of several workers together; then gauges that are functions are not told."""
+    return bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
 
 
 class Telemetry:
@@ -34,6 +46,8 @@ class Telemetry:
 
     def __init__(self, tracing: Tracing | None = None) -> None:
         self.tracing = tracing
+        self._shared = os.environ["PROMETHEUS_MULTIPROC_DIR"] if several_workers() else None
+        self._policy: tuple[str, str] | None = None
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "tidegate_requests", "Requests that were answered.", ("route", "status"), registry=self.registry
@@ -61,12 +75,20 @@ class Telemetry:
             "1 for the state that the guard's circuit breaker is in.",
             ("state",),
             registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.policy_info = Gauge(
-            "tidegate_policy_info", "1 for the policy in force.", ("name", "version"), registry=self.registry
+            "tidegate_policy_info",
+            "1 for the policy in force.",
+            ("name", "version"),
+            registry=self.registry,
+            multiprocess_mode="livemax",
         )
         self.policy_stale = Gauge(
-            "tidegate_policy_stale", "1 while the policy file cannot be used as it is.", registry=self.registry
+            "tidegate_policy_stale",
+            "1 while the policy file cannot be used as it is.",
+            registry=self.registry,
+            multiprocess_mode="livemax",
         )
         self.policy_changes = Counter(
             "tidegate_policy_changes", "What became of changed policy files.", ("outcome",), registry=self.registry
@@ -86,9 +108,14 @@ class Telemetry:
         )
         self.judge_seconds = guard_seconds.labels("judge")
         self.step_seconds = guard_seconds.labels("step")
-        self.open_streams = Gauge("tidegate_open_streams", "Answers that stream now.", registry=self.registry)
+        self.open_streams = Gauge(
+            "tidegate_open_streams", "Answers that stream now.", registry=self.registry, multiprocess_mode="livesum"
+        )
         self.held = Gauge(
-            "tidegate_held_characters", "Characters of streaming answers that are held now.", registry=self.registry
+            "tidegate_held_characters",
+            "Characters of streaming answers that are held now.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.released = Counter(
             "tidegate_released_characters", "Characters of streamed answers that were let out.", registry=self.registry
@@ -117,7 +144,11 @@ class Telemetry:
 
     def tell_policy(self, policy: Policy, *, stale: bool) -> None:
         """This policy is in force now; stale when its file says something else, that cannot be used."""
-        self.policy_info.clear()
+        if self._policy is not None and self._shared is None:
+            self.policy_info.remove(*self._policy)
+        elif self._policy is not None:
+            self.policy_info.labels(*self._policy).set(0)
+        self._policy = (policy.name, policy.version)
         self.policy_info.labels(policy.name, policy.version).set(1)
         self.policy_stale.set(stale)
 
@@ -131,8 +162,12 @@ class Telemetry:
             self.open_streams.dec()
 
     def page(self) -> bytes:
-        """All of it in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """All of it in Prometheus' text format; of all workers together."""
+        if self._shared is None:
+            return generate_latest(self.registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, self._shared)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
 
 class TimedGuard:

@@ -6,12 +6,17 @@ A test that holds something free of user text runs `send_everywhere` and then lo
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import Any, Final
 
 import httpx
 from starlette.applications import Starlette
 from starlette.routing import Route
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
+from tidegate.gateway.live_frames import PROTOCOL
 from tidegate.testing import FakeUpstream, Reply, completion, text_chunks, text_completion
 
 ASKED: Final = "canaryquestion"
@@ -41,6 +46,8 @@ def _bodies(text: str) -> dict[str, list[dict[str, Any]]]:
             {"model": "m", "messages": turn, "max_tokens": 9},
             {"model": "m", "messages": turn, "max_tokens": 9, "stream": True},
         ],
+        "/v1/responses/{rest:path}": [{"input": text}],
+        "/v1/messages/batches{rest:path}": [{"requests": [{"params": {"messages": turn}}]}],
         "/v1/messages/count_tokens": [{"model": "m", "messages": turn}],
         "/v1/guard": [{"turns": turn}, {"messages": turn}],
         "/v1/moderations": [{"input": text}, {"input": [text, text]}, {"input": text, ASKED: text}],
@@ -84,12 +91,36 @@ def send_everywhere(url: str, paths: set[str]) -> list[int]:
         for words in _WORDS:
             for path, bodies in _bodies(f"{ASKED} {words} {ASKED}").items():
                 for body in bodies if path in paths else ():
-                    statuses.append(client.post(path, json=body, params={"q": ASKED}).status_code)
+                    statuses.append(client.post(_filled(path), json=body, params={"q": ASKED}).status_code)
         for path in sorted(paths):
-            statuses.append(client.post(path, content=f'{{"{ASKED}": '.encode()).status_code)
-            statuses.append(client.post(path, json={"model": ASKED, ASKED: ASKED}).status_code)
+            statuses.append(client.post(_filled(path), content=f'{{"{ASKED}": '.encode()).status_code)
+            statuses.append(client.post(_filled(path), json={"model": ASKED, ASKED: ASKED}).status_code)
         for path in ("/v1/models", f"/v1/models/{ASKED}", f"/v1/models/a%20{ASKED}", f"/{ASKED}"):
             statuses.append(client.get(path, params={"q": ASKED}).status_code)
+        if "/v1/guard" in paths:
+            _send_live(url)
         with contextlib.suppress(httpx.TransportError):
             statuses.append(client.request(ASKED.upper(), "/v1/moderations").status_code)
     return statuses
+
+
+def _send_live(url: str) -> None:
+    """The same to the WebSocket: a stream of canaries, and frames that are none."""
+    address = f"{url.replace('http', 'ws', 1)}/v1/live"
+    for words in _WORDS:
+        with connect(address, subprotocols=[Subprotocol(PROTOCOL)]) as socket, contextlib.suppress(ConnectionClosed):
+            turns = [{"role": "user", "content": f"{ASKED} hello"}]
+            for frame in (
+                {"type": "open", "stream": 1, "turns": turns},
+                {"type": "text", "stream": 1, "text": f"{ASKED} {words} {ASKED}"},
+                {"type": "finish", "stream": 1},
+                {"type": ASKED, "stream": ASKED},
+            ):
+                socket.send(json.dumps(frame))
+            while True:
+                socket.recv(timeout=20)
+
+
+def _filled(path: str) -> str:
+    """A path that has room for a word has a canary in it."""
+    return path.replace("batches{rest:path}", f"batches/{ASKED}").replace("{rest:path}", ASKED)

@@ -61,7 +61,7 @@ def test_a_mistyped_variable_is_an_error_that_names_the_nearest(variable: str, s
 
 
 def test_a_variable_like_no_other_lists_what_is_known() -> None:
-    with pytest.raises(SettingsError, match=r"known: TIDEGATE_ADAPTERS, .*TIDEGATE_CLIENT_TIMEOUT"):
+    with pytest.raises(SettingsError, match=r"known: TIDEGATE_ACCESS_LOG, .*TIDEGATE_CLIENT_TIMEOUT"):
         read_settings({"TIDEGATE_XYZZY": "1"})
 
 

@@ -59,10 +59,12 @@ if TYPE_CHECKING:
     from tidegate.gateway.entrance import EntranceOptions
     from tidegate.gateway.logs import LogFormat
     from tidegate.gateway.tracing import Tracing
+    from tidegate.gateway.webhooks import Courier
     from tidegate.guards import StreamGuard
     from tidegate.moderate import Step
     from tidegate.policy import Explanation, Policy, PolicySource, Replay
     from tidegate.store import Key, Store
+    from tidegate.store.outbox import Address
 
 __all__ = ["app"]
 
@@ -105,6 +107,8 @@ policy_app = typer.Typer(no_args_is_help=True, help="Policies: check a file, exp
 app.add_typer(policy_app, name="policy")
 keys_app = typer.Typer(no_args_is_help=True, help="Keys of clients: create, list, rotate, revoke.")
 app.add_typer(keys_app, name="keys")
+webhooks_app = typer.Typer(no_args_is_help=True, help="Webhooks: what waits, what was given up, try it again.")
+app.add_typer(webhooks_app, name="webhooks")
 decisions_app = typer.Typer(no_args_is_help=True, help="Kept decisions: export, delete, purge; how the store is.")
 app.add_typer(decisions_app, name="decisions")
 
@@ -678,6 +682,7 @@ def _application(
         ),
         entrance=_entrance(settings, store),
         tracing=tracing,
+        courier=_courier(settings, store),
         routes=console,
         on_close=[*((asking.close,) if asking else ()), store.aclose],
     )
@@ -918,7 +923,21 @@ def _open_store(settings: Settings) -> Store:
         spool_bytes=settings.spool_bytes,
         key=key,
         keep_days=settings.keep_days,
+        address=None if settings.webhooks is None else _address_of(settings.webhooks),
     )
+
+
+def _address_of(webhooks: Path) -> Address:
+    """Which webhooks are told of a decision; also where a command brings decisions from the spool to the database."""
+    from tidegate.gateway.webhooks import addressed, read_webhooks
+
+    return addressed(read_webhooks(webhooks))
+
+
+def _courier(settings: Settings, store: Store) -> Courier | None:
+    from tidegate.gateway.webhooks import Courier, read_webhooks
+
+    return None if settings.webhooks is None else Courier(store.outbox, read_webhooks(settings.webhooks))
 
 
 def _kept(database: str | None) -> Store:
@@ -950,6 +969,31 @@ def _action(word: str) -> Action:
         return Action.parse(word)
     except ValueError as error:
         raise InputError(str(error), where="action") from None
+
+
+# --- webhooks -----------------------------------------------------------------------------------------------------
+
+
+@webhooks_app.command("status")
+def webhooks_status(database: DatabaseOption = None) -> None:
+    """Print how it stands with each webhook: one JSON object a line. The exit code is 1 when any was given up."""
+    with _kept(database) as store:
+        standings = store.outbox.standings()
+    for name, standing in standings.items():
+        figures = {"waiting": standing.waiting, "dead": standing.dead, "oldest": standing.oldest.isoformat()}
+        _print_json({"webhook": name, **figures, "error": standing.error})
+    if any(standing.dead for standing in standings.values()):
+        raise typer.Exit(FLAGGED)
+
+
+@webhooks_app.command("retry")
+def retry_webhooks(
+    webhook: Annotated[str | None, typer.Option(metavar="NAME", help="Only this one.")] = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Have what was given up tried again, by the gateways that run."""
+    with _kept(database) as store:
+        _say(f"{store.outbox.retry(webhook):,} deliveries are tried again")
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------

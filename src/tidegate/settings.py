@@ -32,6 +32,7 @@ _UNSET_WHEN_EMPTY: Final = (
     "upstream_url",
     "spool",
     "keep_days",
+    "webhooks",
     "auth",
     "redis_url",
     "open_doors",
@@ -135,6 +136,8 @@ class Settings(BaseModel):
     """Longest silence of the upstream within an answer, in seconds."""
     shutdown_timeout: Seconds = 30.0
     """How long open streams may go on when the server is told to stop, in seconds."""
+    webhooks: Path | None = None
+    """File that says which webhooks are told of which decisions; None for none."""
     traces: Literal["none", "otlp"] = "none"
     """Where traces go: ``otlp`` sends them where the ``OTEL_`` variables say."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

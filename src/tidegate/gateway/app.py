@@ -25,6 +25,7 @@ from tidegate.gateway.completions import CompletionsDoor
 from tidegate.gateway.entrance import Entrance, EntranceOptions
 from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.guard import GuardDoor
+from tidegate.gateway.limits import Throttle
 from tidegate.gateway.live import Live, LiveLimits
 from tidegate.gateway.logs import AccessLog
 from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
@@ -39,12 +40,13 @@ from tidegate.guards.breaker import Breaker, BreakerOptions
 from tidegate.guards.callers import CallersGuard
 from tidegate.guards.resilient import FALLBACK_DEADLINE_S, ResilientGuard
 from tidegate.moderate import Keep, failure_of
-from tidegate.policy import PolicySource, WatchedPolicy
+from tidegate.policy import PolicySource, Retention, WatchedPolicy
 from tidegate.policy.watching import Outcome
-from tidegate.types import Conversation, Severity
+from tidegate.types import Advice, Conversation, Decision, Severity
 
 if TYPE_CHECKING:
     from tidegate.gateway.tracing import Tracing
+    from tidegate.gateway.webhooks import Courier
 
 __all__ = ["HealthTexts", "create_app"]
 
@@ -85,6 +87,7 @@ def create_app(
     live: LiveLimits = LiveLimits(),  # noqa: B008 - frozen
     entrance: EntranceOptions | None = None,
     tracing: Tracing | None = None,
+    courier: Courier | None = None,
     routes: Sequence[BaseRoute] = (),
     on_close: Sequence[Callable[[], Any]] = (),
 ) -> Starlette:
@@ -115,6 +118,7 @@ def create_app(
         entrance: who is let in, how much each may do, and what is remembered; None for everybody, anything, nothing.
         tracing: makes spans of requests, of calls of the upstream, and of what the guard does; closed when the app
             shuts down. None for no traces.
+        courier: posts to webhooks while the app lives; None for no webhooks.
         routes: more routes beside the gateway's, as the console's.
         on_close: called (and awaited, where it gives something to await) at shutdown, after the guard is closed.
 
@@ -135,6 +139,8 @@ def create_app(
             silence_timeout_s=silence_timeout_s,
             tracing=tracing,
         )
+    if keep is not None:
+        keep = _Throttling(keep, gate.limits, telemetry)
     behind = Behind(
         guard=guarded,
         policy=policy,
@@ -146,6 +152,7 @@ def create_app(
         client_timeout_s=client_timeout_s,
         trusted=frozenset(trusted_fields),
         judge_system=judge_system,
+        admit=gate.limits.admit_subject,
     )
     moderations = Moderations(
         guard=guarded,
@@ -185,6 +192,8 @@ def create_app(
             await upstream.open()
         await gate.open()
         watching = _watching(policy, telemetry)
+        if courier is not None:
+            courier.open(telemetry.tell_webhook, telemetry.tell_outbox)
         try:
             yield
         finally:
@@ -192,6 +201,8 @@ def create_app(
                 watching.cancel()
             if running:  # the server has cancelled them: they tell their clients, and keep their decisions
                 await asyncio.wait(running, timeout=_LAST_WORDS_S)
+            if courier is not None:
+                await courier.close()
             for close in (*((upstream.close,) if upstream else ()), guarded.close, gate.close, *on_close):
                 closing = close()
                 if inspect.isawaitable(closing):
@@ -253,6 +264,22 @@ def _guarded(
         deadline_s=timeout_s,
         tell_degraded=lambda kind: telemetry.degraded.labels(kind).inc(),
     )
+
+
+class _Throttling:
+    """Keeps decisions, and carries out the advice to throttle: whose content it was may do less for a while."""
+
+    def __init__(self, keep: Keep, throttle: Throttle, telemetry: Telemetry) -> None:
+        self._keep = keep
+        self._throttle = throttle
+        self._telemetry = telemetry
+
+    async def __call__(self, decision: Decision, conversation: Conversation, *, retention: Retention) -> str | None:
+        if Advice.THROTTLE in decision.advice:
+            scope = decision.scope
+            if await self._throttle.throttle(scope.tenant, scope.subject):
+                self._telemetry.throttled.inc()
+        return await self._keep(decision, conversation, retention=retention)
 
 
 def _watching(policy: PolicySource, telemetry: Telemetry) -> asyncio.Task[None] | None:

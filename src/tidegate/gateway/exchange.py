@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -160,6 +160,8 @@ class Behind:
         client_timeout_s: seconds that the client may take nothing of what is sent; None for as long as it wants.
         trusted: names of upstream fields that the operator says carry no text of the model.
         judge_system: whether system and developer turns are judged too.
+        admit: counts a request about a subject, given its tenant and its name, and raises Problem where it has to wait;
+            None lets all in.
     """
 
     guard: StreamGuard
@@ -172,6 +174,7 @@ class Behind:
     client_timeout_s: float | None
     trusted: frozenset[str] = frozenset()
     judge_system: bool = False
+    admit: Callable[[str | None, str | None], Awaitable[None]] | None = None
 
 
 def scope_of(request: Request, subject: str | None = None) -> Scope:
@@ -215,12 +218,15 @@ class Endpoint(Generic[A]):
                 )
             body = await read_body(request, longest=behind.longest_body)
             asked = self.door.read(body.value, judge_system=behind.judge_system)
+            scope = scope_of(request, asked.subject)
+            if behind.admit is not None:
+                await behind.admit(scope.tenant, scope.subject)
         except Problem as problem:
             return self.tell(problem)
         except RecursionError:
             return self.tell(Problem(400, "the body is nested too deep", code="invalid_json"))
         headers = {name: request.headers[name] for name in self.door.headers if name in request.headers}
-        return _Exchange(self, behind.upstream, asked, scope_of(request, asked.subject), headers, body.sent(asked.body))
+        return _Exchange(self, behind.upstream, asked, scope, headers, body.sent(asked.body))
 
     def tell(self, problem: Problem) -> JSONResponse:
         """An error in the shape of this door."""

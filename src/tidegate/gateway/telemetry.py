@@ -70,6 +70,25 @@ class Telemetry:
             ("kind",),
             registry=self.registry,
         )
+        self.advice = Counter(
+            "tidegate_advice", "What policies advised beside their actions.", ("advice",), registry=self.registry
+        )
+        self.throttled = Counter(
+            "tidegate_throttled", "How often a subject was told to slow down.", registry=self.registry
+        )
+        self.webhook_posts = Counter(
+            "tidegate_webhook_posts",
+            "Posts to webhooks, by what became of them.",
+            ("webhook", "outcome"),
+            registry=self.registry,
+        )
+        self.webhook_deliveries = Gauge(
+            "tidegate_webhook_deliveries",
+            "Deliveries in the outbox: those that wait, and those that were given up.",
+            ("webhook", "state"),
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
         self.circuit = Gauge(
             "tidegate_guard_circuit",
             "1 for the state that the guard's circuit breaker is in.",
@@ -126,6 +145,8 @@ class Telemetry:
         if self.tracing is not None:
             self.tracing.decision(decision, target)
         self.decisions.labels(target, decision.action.word).inc()
+        for advice in decision.advice:
+            self.advice.labels(advice.value).inc()
         if decision.observed is not None:
             self.observed.labels(target, decision.action.word, decision.observed.action.word).inc()
         if decision.failure is not None and decision.failure not in (UNJUDGED_REQUEST, UNJUDGED_ANSWER):
@@ -136,6 +157,15 @@ class Telemetry:
         for decision in decisions:
             if decision.failure is not None:
                 self.failures.labels(decision.failure.kind).inc()
+
+    def tell_webhook(self, name: str, outcome: str) -> None:
+        """A webhook was posted to."""
+        self.webhook_posts.labels(name, outcome).inc()
+
+    def tell_outbox(self, name: str, waiting: int, dead: int) -> None:
+        """So many deliveries to a webhook lie in the outbox now."""
+        self.webhook_deliveries.labels(name, "waiting").set(waiting)
+        self.webhook_deliveries.labels(name, "dead").set(dead)
 
     def tell_circuit(self, state: State) -> None:
         """The circuit breaker is in this state now."""

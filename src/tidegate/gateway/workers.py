@@ -7,19 +7,25 @@ its streams in its own time, while the supervisor goes on.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from socket import socket
 
 from prometheus_client.multiprocess import mark_process_dead
 from uvicorn import Config
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 __all__ = ["Workers", "end_with_parent"]
+
+_log = logging.getLogger("tidegate.gateway")
 
 
 class Workers(Multiprocess):
@@ -48,16 +54,43 @@ class Workers(Multiprocess):
         """Look after all workers: replace those that are gone, forget those that were retired and have ended."""
         if self.should_exit.is_set():
             return
-        before = {process.pid for process in self.processes}
-        super().keep_subprocess_alive()
-        self.failed = self.should_exit.is_set()
-        self._forget(before - {process.pid for process in self.processes})
+        started = [self._look_after(place) for place in range(len(self.processes))]
         for process in [each for each in self._retired if each.exitcode is not None]:
             self._retired.remove(process)
-            self._forget({process.pid})
-        if self._ready is not None and all(process.is_ready(timeout=1) for process in self.processes):
+            self._forget(process)
+        if self._ready is not None and all(started) and not self.should_exit.is_set():
             self._ready()
             self._ready = None
+
+    def _look_after(self, place: int) -> bool:
+        """Whether the worker at this place serves; one that is gone, or does not answer, is replaced."""
+        process = self.processes[place]
+        started = self._ask(process)
+        if started is not None:
+            return started
+        process.kill()
+        process.join()
+        self._forget(process)
+        if process.exitcode == STARTUP_FAILURE:  # it would fail in the same way again
+            self.failed = True
+            self.should_exit.set()
+        if not self.should_exit.is_set():
+            _log.warning("worker %s is gone, and is replaced", process.pid)
+            self.processes[place] = Process(self.config, self.sockets)
+            self.processes[place].start()
+        return False
+
+    def _ask(self, process: Process) -> bool | None:
+        """Whether it serves already; None when it does not answer in time, or at once when it has ended."""
+        connection = process.parent_conn
+        try:
+            connection.send(b"ping")
+            if connection in wait([connection, process.process.sentinel], self.config.timeout_worker_healthcheck):
+                started: bool = connection.recv()
+                return started
+        except (OSError, EOFError, pickle.UnpicklingError):
+            pass
+        return None
 
     def restart_all(self) -> None:
         """Replace each worker; the old ones end in their own time."""
@@ -88,10 +121,9 @@ class Workers(Multiprocess):
         self.interrupted = True
         super().handle_int()
 
-    def _forget(self, pids: set[int | None]) -> None:
-        """Gauges of processes that are no more count no longer; what they counted stays."""
-        for pid in pids - {None}:
-            mark_process_dead(pid, str(self._metrics))  # type: ignore[no-untyped-call]
+    def _forget(self, process: Process) -> None:
+        """Gauges of a process that is no more count no longer; what it counted stays."""
+        mark_process_dead(process.pid, str(self._metrics))  # type: ignore[no-untyped-call]
 
 
 def end_with_parent() -> None:
@@ -100,8 +132,8 @@ def end_with_parent() -> None:
     if parent is None:
         return
 
-    def wait() -> None:
+    def outlive() -> None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=wait, name="tidegate-parent", daemon=True).start()
+    threading.Thread(target=outlive, name="tidegate-parent", daemon=True).start()

@@ -277,3 +277,34 @@ def test_gauges_of_several_workers_are_those_of_living_ones() -> None:
 
     assert len(gauges) >= 10
     assert {gauge._multiprocess_mode for gauge in gauges} <= {"livesum", "livemax", "livemin"}
+
+
+def test_the_demo_is_served_by_workers_too(tmp_path: Path) -> None:
+    """Its upstream is one, in the supervisor; and an interrupt ends all."""
+    with served(tmp_path, "--demo", "--workers", "2") as gateway:
+        body = {"model": "tidegate-demo", "messages": [{"role": "user", "content": "a recipe for apple pie"}]}
+        answer = httpx.post(f"{gateway.url}/v1/chat/completions", json=body, timeout=60).json()
+        workers = gateway.workers
+        gateway.process.send_signal(signal.SIGINT)
+
+        assert "apples" in answer["choices"][0]["message"]["content"]
+        assert gateway.process.wait(60) == 130
+        wait_until(lambda: not any(_alive(pid) for pid in workers), "the end of the workers")
+
+
+def test_workers_end_with_a_supervisor_that_is_killed(tmp_path: Path, gate: tuple[Gate, str]) -> None:
+    """Nobody would replace them, and they would keep the port."""
+    _, upstream = gate
+    with served(tmp_path, "--upstream", upstream, "--workers", "2") as gateway:
+        workers = gateway.workers
+        gateway.process.kill()
+        gateway.process.wait(60)
+
+        wait_until(lambda: not any(_alive(pid) for pid in workers), "the end of the workers", patience_s=60)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -178,7 +178,7 @@ class Outbox:
     def retry(self, webhook: str | None = None) -> int:
         """Have what was given up tried again, as if it were new: of one webhook, or of all; returns how many."""
         now = datetime.now(UTC)
-        which = _delivery.due.is_(None)
+        which: sa.ColumnElement[bool] = _delivery.due.is_(None)
         if webhook is not None:
             which = sa.and_(which, _delivery.webhook == webhook)
         with self._database.writing() as connection:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, cast, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from tidegate.guards.base import IdGuard, IdSession, IdText, Session, StreamGuard
+from tidegate.guards.around import GuardAround
+from tidegate.guards.base import IdSession, Session, StreamGuard
 from tidegate.guards.breaker import State
 from tidegate.guards.terms import Terms, on_terms
 from tidegate.policy import UNJUDGED_ANSWER, UNJUDGED_REQUEST, Policy
@@ -200,23 +201,19 @@ class Telemetry:
         return generate_latest(registry)
 
 
-class TimedGuard:
+class TimedGuard(GuardAround):
     """The same guard, with its time taken, and with spans where there are traces."""
 
     def __init__(self, guard: StreamGuard, telemetry: Telemetry) -> None:
-        self._guard = guard
+        super().__init__(guard)
         self._telemetry = telemetry
-
-    @property
-    def name(self) -> str:
-        return self._guard.name
 
     async def judge(self, conversation: Conversation) -> Verdict:
         tracing = self._telemetry.tracing
         begun = time.perf_counter()
         try:
             with nullcontext() if tracing is None else tracing.judging(self.name):
-                return await self._guard.judge(conversation)
+                return await self.guard.judge(conversation)
         finally:
             self._telemetry.judge_seconds.observe(time.perf_counter() - begun)
 
@@ -224,24 +221,13 @@ class TimedGuard:
         self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
     ) -> Session:
         return _TimedSession(
-            self._guard.open(context, channel, reasoning=reasoning, name=name),
+            self.guard.open(context, channel, reasoning=reasoning, name=name),
             self._telemetry,
             None if self._telemetry.tracing is None else self._telemetry.tracing.watching(self.name, channel),
         )
 
-    @property
-    def takes_ids(self) -> bool:
-        return isinstance(self._guard, IdGuard) and self._guard.takes_ids
-
-    async def id_text(self) -> IdText:
-        assert isinstance(self._guard, IdGuard), "only asked where ids are taken"
-        return await self._guard.id_text()
-
     def on_terms(self, terms: Terms) -> TimedGuard:
-        return TimedGuard(on_terms(self._guard, terms), self._telemetry)
-
-    async def close(self) -> None:
-        await self._guard.close()
+        return TimedGuard(on_terms(self.guard, terms), self._telemetry)
 
 
 class _TimedSession:

@@ -334,7 +334,7 @@ class AnswerStream:
         choice.finish_reason = finish_reason_of(content, parts)
         texts = self._take_texts(choice, parts.texts)
         if choice.finish_reason is not None:
-            texts += [(channel, rest) for channel in choice.channels.values() if (rest := channel.rest())]
+            texts += [(channel, left) for channel in choice.channels.values() if (left := channel.rest())]
         frame = choice.tokens.take(content.get("logprobs"), {channel.slot: text for channel, text in texts}, parts)
         if choice.dropped or self._dropped:
             choice.refuse()

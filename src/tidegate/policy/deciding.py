@@ -57,7 +57,7 @@ RESERVED_NAMES: Final = (
     "observe",
     "unjudged_request",
     "unjudged_answer",
-    "history",
+    "earlier_turn",
 )
 """Names that a decision gives when no rule of the file chose; a rule cannot take them."""
 
@@ -269,7 +269,7 @@ class Policy:
     # what it says
 
     def on_earlier(self, decision: Decision) -> Decision:
-        """What a decision on an earlier turn means now: no more than `History.at_most`, by the rule ``history``.
+        """What a decision on an earlier turn means now: no more than `History.at_most`, by the rule ``earlier_turn``.
 
         Unless it counts as if it were new, it advises nothing: that was done when it was. Nobody takes anything out of
         an earlier turn, so that REDACT is BLOCK. Layers do not count: ask `at` first.
@@ -304,7 +304,7 @@ class Policy:
 
 def _lowered(action: Action, rule: str, at_most: Action) -> tuple[Action, str]:
     action = Action.BLOCK if action is Action.REDACT else action
-    return (action, rule) if action <= at_most else (at_most, "history")
+    return (action, rule) if action <= at_most else (at_most, "earlier_turn")
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------

@@ -675,6 +675,7 @@ def _application(
         connect_timeout_s=settings.upstream_connect_timeout,
         silence_timeout_s=settings.upstream_read_timeout,
         judge_system=settings.judge_system,
+        trusted_fields=settings.trusted_fields or (),
         live=LiveLimits(
             frame_bytes=settings.max_body_bytes,
             idle_s=settings.upstream_read_timeout,

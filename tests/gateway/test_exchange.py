@@ -67,7 +67,7 @@ class LineDoor:
         if not isinstance(body.get("line"), str):
             refuse("expected a line", param="line")
         prompt = prompt_of([Said(Turn(Role.USER, body["line"]), "line")], judge_system=judge_system)
-        return Asked({**body, "read": True}, *prompt, model="m", stream=bool(body.get("stream")))
+        return Asked({**body, "read": True}, **prompt._asdict(), model="m", stream=bool(body.get("stream")))
 
     def refusal(self, asked: Asked, message: str, field: dict[str, Any]) -> dict[str, Any]:
         return {"said": message, "rule": field["rule"]}

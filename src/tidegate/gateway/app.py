@@ -31,6 +31,7 @@ from tidegate.gateway.logs import AccessLog
 from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
+from tidegate.gateway.refusals import error_body
 from tidegate.gateway.responses import ResponsesDoor, refuse_stored
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
@@ -169,6 +170,7 @@ def create_app(
         telemetry=telemetry,
         longest_body=longest_body,
         guard_timeout_s=patience_s,
+        admit=gate.limits.admit_subject,
     )
     live_streams = Live(
         guard=guarded,
@@ -178,6 +180,7 @@ def create_app(
         limits=live,
         guard_timeout_s=patience_s,
         client_timeout_s=client_timeout_s,
+        admit=gate.limits.admit_subject,
     )
     models = Models(upstream, guard.name, policy, behind.trusted, telemetry)
     running: set[asyncio.Task[Any]] = set()
@@ -361,27 +364,32 @@ class _Health:
         }
 
 
-# --- errors, all in OpenAI's shape --------------------------------------------------------------------------------
+# --- errors, each in the shape of its path ------------------------------------------------------------------------
 
 
 async def _tell_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
-    return error.response()
+    return _told(request, error)
 
 
 async def _tell_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TidegateError)
-    return problem_of(error).response()
+    return _told(request, problem_of(error))
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     messages = {404: "there is no such path here", 405: "this path does not take this method"}
-    return Problem(error.status_code, messages.get(error.status_code, error.detail)).response()
+    message = messages.get(error.status_code, error.detail)
+    return _told(request, Problem(error.status_code, message, headers=dict(error.headers or {})))
 
 
 async def _tell_bug(request: Request, error: Exception) -> Response:
-    return Problem(500, "something went wrong in the gateway", "server_error", None, "internal_error").response()
+    return _told(request, Problem(500, "something went wrong in the gateway", "server_error", None, "internal_error"))
+
+
+def _told(request: Request, problem: Problem) -> Response:
+    return JSONResponse(error_body(problem, request.url.path), problem.status, dict(problem.headers))
 
 
 class _Counted:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -25,9 +25,11 @@ from starlette.types import Scope as AsgiScope
 
 from tidegate.errors import StoreError, TidegateError, UpstreamError
 from tidegate.gateway import sse
-from tidegate.gateway.asked import Asked, PromptText
+from tidegate.gateway.asked import Asked, PromptText, earlier_texts
 from tidegate.gateway.channels import BLOCKS, Judging
+from tidegate.gateway.history import judge_earlier
 from tidegate.gateway.schemas import decision_field, read_body, worst_decision
+from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.gateway.upstream import KeyHeader, Upstream, UpstreamAnswer
@@ -36,7 +38,7 @@ from tidegate.moderate import Keep, moderate, surely
 from tidegate.policy import UNJUDGED_REQUEST, Policy, PolicySource, Retention, decide
 from tidegate.types import Conversation, Coverage, CoverageState, Decision, Scope
 
-__all__ = ["Behind", "Door", "Endpoint", "Watch", "scope_of"]
+__all__ = ["Behind", "Door", "Endpoint", "Watch"]
 
 A = TypeVar("A", bound=Asked)
 T = TypeVar("T")
@@ -174,26 +176,7 @@ class Behind:
     client_timeout_s: float | None
     trusted: frozenset[str] = frozenset()
     judge_system: bool = False
-    admit: Callable[[str | None, str | None], Awaitable[None]] | None = None
-
-
-def scope_of(request: Request, subject: str | None = None) -> Scope:
-    """For whom a request is decided, ``subject`` by the id that the client gives that person.
-
-    ``tenant`` and ``region`` are what a middleware left in the request's state under these names.
-    """
-    return Scope(
-        tenant=_word_of(request, "tenant"),
-        region=_word_of(request, "region"),
-        route=request.url.path,
-        language=None,  # of the conversation: nobody tells it yet
-        subject=subject,
-    )
-
-
-def _word_of(request: Request, name: str) -> str | None:
-    value = getattr(request.state, name, None)
-    return value if isinstance(value, str) and value else None
+    admit: Admit | None = None
 
 
 class Endpoint(Generic[A]):
@@ -379,32 +362,45 @@ class _Exchange(Generic[A]):
     async def _judge_prompt(self, call: asyncio.Future[UpstreamAnswer]) -> ASGIApp | None:
         """Judge what is new; returns what the client gets when that is blocked, else None."""
         asked, behind = self._asked, self._behind
-        if not asked.new:
+        history = self._policy.history
+        earlier = earlier_texts(asked.said, history.turns) if history.judge else ()
+        if not asked.new and not earlier:
             return None
-        decisions = await asyncio.gather(
-            *(
-                moderate(
-                    text.conversation,
-                    guard=behind.guard,
-                    policy=self._policy,
-                    scope=self._scope,
-                    timeout_s=behind.guard_timeout_s,
-                    coverage=(),
-                )
-                for text in asked.new
+        before = asyncio.ensure_future(
+            judge_earlier(
+                [text.conversation for text in earlier],
+                guard=behind.guard,
+                policy=self._policy,
+                scope=self._scope,
+                timeout_s=behind.guard_timeout_s,
             )
         )
-        number = worst_decision(decisions)
-        unjudged = frozenset[str]().union(
-            *(text.paths for text, one in zip(asked.new, decisions, strict=True) if one.failure is not None)
-        )
+        try:
+            decisions = await asyncio.gather(
+                *(
+                    moderate(
+                        text.conversation,
+                        guard=behind.guard,
+                        policy=self._policy,
+                        scope=self._scope,
+                        timeout_s=behind.guard_timeout_s,
+                        coverage=(),
+                    )
+                    for text in asked.new
+                )
+            )
+            decisions += await before
+        finally:
+            before.cancel()
+        texts = (*asked.new, *earlier)
+        number = _worst(decisions, len(asked.new))
         behind.telemetry.count_failures(one for place, one in enumerate(decisions) if place != number)
-        decision = replace(decisions[number], coverage=tuple(_without(asked.coverage, unjudged)))
+        decision = replace(decisions[number], coverage=tuple(_covered(asked, earlier, texts, decisions)))
         kept = self._keep_prompt(decision)
         if decision.action < BLOCKS:
             return None
         await _drop(call)
-        return self._refusal(decision, asked.new[number], await surely(_result(kept)))
+        return self._refusal(decision, texts[number], await surely(_result(kept)))
 
     def _refusal(self, decision: Decision, text: PromptText, identity: str | None) -> ASGIApp:
         field = decision_field(decision, self._policy, text=text, identity=identity)
@@ -517,10 +513,31 @@ async def _advance(stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes
     yield await stream.end()
 
 
-def _without(coverage: Iterable[Coverage], unjudged: frozenset[str]) -> Iterator[Coverage]:
-    """The coverage, given that the guard failed on these paths."""
-    for part in coverage:
-        yield replace(part, state=CoverageState.NOT_JUDGED) if part.path in unjudged else part
+def _worst(decisions: Sequence[Decision], new: int) -> int:
+    """Which decision counts: of the new texts, which are the first ones, unless an earlier turn calls for more."""
+    worst = worst_decision(decisions)
+    if worst < new or not new:
+        return worst
+    of_new = worst_decision(decisions[:new])
+    return worst if decisions[worst].action > decisions[of_new].action else of_new
+
+
+def _covered(
+    asked: Asked, earlier: Sequence[PromptText], texts: Sequence[PromptText], decisions: Sequence[Decision]
+) -> Iterator[Coverage]:
+    """The coverage of a request, given what was decided of its texts, the earlier ones included."""
+    failed = frozenset[str]().union(
+        *(text.paths for text, one in zip(texts, decisions, strict=True) if one.failure is not None)
+    )
+    judged = frozenset[str]().union(*(text.paths for text in earlier))
+    unseen = frozenset(asked.unseen)
+    for part in asked.coverage:
+        if part.path in failed:
+            yield replace(part, state=CoverageState.NOT_JUDGED)
+        elif part.path in judged and part not in unseen:
+            yield replace(part, state=CoverageState.JUDGED)
+        else:
+            yield part
 
 
 def _patient(send: Send, timeout_s: float | None) -> Send:

@@ -43,11 +43,11 @@ class CallersGuard(GuardAround):
 
     @property
     def name(self) -> str:
-        """That of the guard with the caller's adapter."""
+        """That of the guard with the caller's adapter, also of one that is not there: it is nobody else's."""
         try:
             return self._now().name
         except GuardError:
-            return self.guard.name
+            return f"{self.guard.name}+{_adapter.get()}"
 
     async def judge(self, conversation: Conversation) -> Verdict:
         """Judge with the caller's adapter.

@@ -48,6 +48,7 @@ from tidegate.policy.replaying import Change, Replay
 from tidegate.policy.rules import (
     Controversial,
     Degraded,
+    History,
     Layer,
     LayerKind,
     OnGuardError,
@@ -70,6 +71,7 @@ __all__ = [
     "Controversial",
     "Degraded",
     "Explanation",
+    "History",
     "Layer",
     "LayerKind",
     "OnGuardError",

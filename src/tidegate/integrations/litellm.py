@@ -329,7 +329,12 @@ def _stopping(chunk: Any, index: int, decision: Mapping[str, Any]) -> ModelRespo
     """The chunk that ends a blocked choice."""
     choice = StreamingChoices(index=index, finish_reason="content_filter")
     ending = ModelResponseStream(
-        id=chunk.id, created=chunk.created, model=chunk.model, object=chunk.object, choices=[choice]
+        id=chunk.id,
+        created=chunk.created,
+        model=chunk.model,
+        object=chunk.object,
+        choices=[choice],
+        provider_specific_fields={},  # a chunk without any is written in a short form that has no other fields
     )
     ending.tidegate = _told(decision)
     return ending

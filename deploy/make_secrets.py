@@ -2,8 +2,8 @@
 
     python deploy/make_secrets.py
 
-What is there already stays as it is. Write the LLM's key into upstream_key, where it wants one. Back fingerprint_key up:
-without it, decisions are no longer found by subject, and no key of a client is good.
+What is there already stays as it is. Write the LLM's key into upstream_key, where it wants one. Back up
+fingerprint_key: without it, decisions are no longer found by subject, and no key of a client is good.
 """
 
 from __future__ import annotations

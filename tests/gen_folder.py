@@ -43,7 +43,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Qwen's tokenizer cuts text."""
-_STEPS = 420
+_STEPS = 480
 _BATCH = 24
 
 
@@ -157,8 +157,8 @@ def tiny_tokenizer(forms: Sequence[Form] = FORMS) -> Tokenizer:
 
 def _train(model: Qwen3ForCausalLM, tokenizer: PromptTokenizer, forms: Sequence[Form], steps: int, batch: int) -> None:
     rng = random.Random(2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     model.train()
     for _ in range(steps):
         loss = answer_loss(model, tokenizer, [toy_row(rng, rng.choice(forms)) for _ in range(batch)])

@@ -48,29 +48,29 @@ def make_policy(text: str = POLICY, **changes: Any) -> Policy:
     return parse_policy("\n".join((*(f"{name}: {value}" for name, value in changes.items()), *lines)))
 
 
-def wait_until(condition: Callable[[], Any], what: str = "the condition") -> None:
+def wait_until(condition: Callable[[], Any], what: str = "the condition", *, patience_s: float = PATIENCE_S) -> None:
     """Wait until something is so; fails after a generous time."""
-    limit = time.monotonic() + PATIENCE_S
+    limit = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < limit, f"waited in vain for {what}"
         time.sleep(0.005)
 
 
-async def until(condition: Callable[[], Any], what: str = "the condition") -> None:
+async def until(condition: Callable[[], Any], what: str = "the condition", *, patience_s: float = PATIENCE_S) -> None:
     """The same, for async tests."""
-    limit = time.monotonic() + PATIENCE_S
+    limit = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < limit, f"waited in vain for {what}"
         await asyncio.sleep(0.005)
 
 
 @contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """Serve an ASGI app on a free port in a thread; gives its address."""
+def serving(app: Any, **options: Any) -> Iterator[str]:
+    """Serve an ASGI app on a free port in a thread; gives its address. Options are uvicorn's."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    options: Any = {"ws": DrainingWebSockets, "timeout_graceful_shutdown": 2, "lifespan": "on"}
-    config = uvicorn.Config(app, log_level="critical", **options)
+    usual: Any = {"log_level": "critical", "ws": DrainingWebSockets, "timeout_graceful_shutdown": 2, "lifespan": "on"}
+    config = uvicorn.Config(app, **{**usual, **options})
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()

@@ -14,6 +14,7 @@ from tidegate.policy import (
     FIELDS,
     UNJUDGED_ANSWER,
     UNJUDGED_REQUEST,
+    History,
     Layer,
     OnGuardError,
     Policy,
@@ -581,7 +582,7 @@ EXAMPLES = [parse_policy(part.split("```")[0], source="docs/policy.md") for part
 
 
 def test_the_documented_layers_do_what_the_page_says() -> None:
-    forum, helpline = EXAMPLES
+    forum, helpline, strangers = EXAMPLES
 
     def rule(severity: Severity, *categories: str, **scope: str) -> str:
         return decide(forum, verdict(severity, *categories), Scope(**scope)).rule
@@ -595,6 +596,7 @@ def test_the_documented_layers_do_what_the_page_says() -> None:
     assert kids.instructions.startswith("Judge for users in India")
     assert (helpline.on_failure("GuardOverloaded"), helpline.on_failure("GuardError")) == (Action.REVIEW, Action.BLOCK)
     assert (helpline.degraded, helpline.deadline_ms) == ("edge", 800)
+    assert strangers.history == History(judge=True)
 
 
 def test_every_preset_for_a_field_is_on_the_page() -> None:

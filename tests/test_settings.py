@@ -61,7 +61,7 @@ def test_a_mistyped_variable_is_an_error_that_names_the_nearest(variable: str, s
 
 
 def test_a_variable_like_no_other_lists_what_is_known() -> None:
-    with pytest.raises(SettingsError, match=r"known: TIDEGATE_ADAPTERS, .*TIDEGATE_CLIENT_TIMEOUT"):
+    with pytest.raises(SettingsError, match=r"known: TIDEGATE_ACCESS_LOG, .*TIDEGATE_CLIENT_TIMEOUT"):
         read_settings({"TIDEGATE_XYZZY": "1"})
 
 
@@ -220,11 +220,13 @@ def test_lists_and_pairs_are_written_with_commas() -> None:
             "TIDEGATE_OPEN_DOORS": "metrics, console",
             "TIDEGATE_ALLOWED_HOSTS": "a.example.com,*.b.example.com",
             "TIDEGATE_ADAPTERS": "bank=adapters/bank, school=adapters/s",
+            "TIDEGATE_TRUSTED_FIELDS": "timings, x_groq",
         }
     )
 
     assert settings.open_doors == ("metrics", "console")
     assert settings.allowed_hosts == ("a.example.com", "*.b.example.com")
+    assert settings.trusted_fields == ("timings", "x_groq")
     assert settings.adapters == {"bank": Path("adapters/bank"), "school": Path("adapters/s")}
 
 
@@ -233,6 +235,7 @@ def test_lists_and_pairs_are_written_with_commas() -> None:
     [
         ("OPEN_DOORS", "metrics,chat", "expected metrics, console"),
         ("ADAPTERS", "bank", "as bank="),
+        ("TRUSTED_FIELDS", "a name", "expected names of fields"),
         ("TLS_CERT", "/no/such/file", "there is no such file"),
         ("AUTH", "maybe", "'none' or 'keys'"),
         ("TENANT_PER_MINUTE", "0", "greater than or equal to 1"),

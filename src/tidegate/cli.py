@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
-import copy
+import functools
 import importlib
 import json
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -56,10 +57,14 @@ if TYPE_CHECKING:
     from tidegate.console.playground import Suggestion
     from tidegate.data.check import Tally
     from tidegate.gateway.entrance import EntranceOptions
+    from tidegate.gateway.logs import LogFormat
+    from tidegate.gateway.tracing import Tracing
+    from tidegate.gateway.webhooks import Courier
     from tidegate.guards import Guard, StreamGuard
     from tidegate.moderate import Step
     from tidegate.policy import Explanation, Policy, PolicySource, Replay
     from tidegate.store import Key, Store
+    from tidegate.store.outbox import Address
 
 __all__ = ["app"]
 
@@ -102,6 +107,8 @@ policy_app = typer.Typer(no_args_is_help=True, help="Policies: check a file, exp
 app.add_typer(policy_app, name="policy")
 keys_app = typer.Typer(no_args_is_help=True, help="Keys of clients: create, list, rotate, revoke.")
 app.add_typer(keys_app, name="keys")
+webhooks_app = typer.Typer(no_args_is_help=True, help="Webhooks: what waits, what was given up, try it again.")
+app.add_typer(webhooks_app, name="webhooks")
 decisions_app = typer.Typer(no_args_is_help=True, help="Kept decisions: export, delete, purge; how the store is.")
 app.add_typer(decisions_app, name="decisions")
 
@@ -418,16 +425,28 @@ def serve(
     auth: Annotated[
         str | None, typer.Option(help="Who is let in: none, or keys.", show_default="none, on this machine only")
     ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Processes that serve.", show_default="1")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Start the demo upstream too: no LLM needed.")] = False,
 ) -> None:
     """Serve the gateway (for programs) and the playground (for people)."""
     if demo and upstream is not None:
         raise InputError("--demo starts an upstream of its own: leave --upstream out")
     with _demo_running() if demo else contextlib.nullcontext(upstream) as url:
-        settings = read_settings(
-            upstream_url=url, policy=policy, guard=guard, host=host, port=port, database_url=database, auth=auth
-        )
-        _serve(settings, demo=demo)
+        given: dict[str, Any] = {
+            "upstream_url": url,
+            "policy": policy,
+            "guard": guard,
+            "host": host,
+            "port": port,
+            "database_url": database,
+            "auth": auth,
+            "workers": workers,
+        }
+        settings = read_settings(**given)
+        if settings.workers > 1:
+            _serve_workers(settings, given, demo=demo)
+        else:
+            _serve(settings, demo=demo)
 
 
 @app.command("demo-upstream")
@@ -453,7 +472,7 @@ def _serve(settings: Settings, *, demo: bool) -> None:
 
     auth = settings.check_entrance()
     policy = WatchedPolicy(settings.policy)
-    guard = load_guard(settings.guard, adapters=settings.adapters) if settings.adapters else load_guard(settings.guard)
+    guard = _load_guard(settings)
     fallback = None if settings.guard == "edge" else load_guard("edge")
     confirmer = None if settings.confirm_guard is None else load_guard(settings.confirm_guard)
     with (
@@ -461,17 +480,78 @@ def _serve(settings: Settings, *, demo: bool) -> None:
         _open_store(settings) as store,
     ):
         application = _application(settings, guard, fallback, confirmer, policy, store, demo=demo)
-        address = _address(socket, secure=settings.tls_cert is not None)
         _warn_open(settings, auth, store)
-        words = (f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz")
-        config = _server_config(
-            application,
-            settings.shutdown_timeout,
-            settings.log_level,
-            ws_max_size=settings.max_body_bytes,
-            **_connection_options(settings),
+        _run_server(_settings_config(settings, application), socket, _addresses(settings, socket))
+
+
+def _serve_workers(settings: Settings, given: dict[str, Any], *, demo: bool) -> None:
+    """Supervise workers, which read the settings again when they start: a restart takes a new secret from its file."""
+    from tidegate.gateway.workers import Workers
+    from tidegate.policy import WatchedPolicy
+
+    if settings.database_url in ("sqlite://", "sqlite:///:memory:"):
+        raise InputError("several workers need a database that is not in memory only", where="TIDEGATE_DATABASE_URL")
+    auth = settings.check_entrance()  # what is wrong here is said once, and not by each worker
+    WatchedPolicy(settings.policy)
+    with _open_store(settings) as store:
+        _warn_open(settings, auth, store)
+    with (
+        _listening(settings.host, settings.port, settings.client_timeout) as socket,
+        tempfile.TemporaryDirectory(prefix="tidegate-metrics-") as folder,
+    ):
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        words = _addresses(settings, socket)
+        config = _settings_config(
+            settings,
+            functools.partial(_worker, given, demo=demo),
+            factory=True,
+            workers=settings.workers,
+            timeout_worker_healthcheck=_WORKER_PATIENCE,
         )
-        _run_server(config, socket, words)
+        workers = Workers(config, [socket], Path(folder), lambda: _say("\n".join(words)))
+        workers.run()
+    if workers.interrupted:
+        raise KeyboardInterrupt
+    if workers.failed:
+        raise TidegateError("a worker could not start; its messages are above")
+
+
+_WORKER_PATIENCE: Final = 60
+"""Seconds that a worker may take to start, and to say that it is well."""
+
+
+def _worker(given: dict[str, Any], *, demo: bool) -> Starlette:
+    """The gateway of one worker. What is wrong ends it in a way that makes the supervisor give up."""
+    from uvicorn.config import STARTUP_FAILURE
+
+    from tidegate.gateway.workers import end_with_parent
+    from tidegate.guards import load_guard
+    from tidegate.policy import WatchedPolicy
+
+    end_with_parent()
+    try:
+        settings = read_settings(**given)
+        guard = _load_guard(settings)
+        fallback = None if settings.guard == "edge" else load_guard("edge")
+        confirmer = None if settings.confirm_guard is None else load_guard(settings.confirm_guard)
+        policy = WatchedPolicy(settings.policy)
+        return _application(settings, guard, fallback, confirmer, policy, _open_store(settings), demo=demo)
+    except TidegateError as error:
+        _say(f"tidegate: {error}", style="red")
+        raise SystemExit(STARTUP_FAILURE) from None
+
+
+def _load_guard(settings: Settings) -> StreamGuard:
+    from tidegate.guards import load_guard
+
+    if settings.adapters:
+        return load_guard(settings.guard, adapters=settings.adapters)
+    return load_guard(settings.guard)
+
+
+def _addresses(settings: Settings, socket: Socket) -> tuple[str, ...]:
+    address = _address(socket, secure=settings.tls_cert is not None)
+    return f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz"
 
 
 _DRAIN_SHARE: Final = 0.8
@@ -564,6 +644,7 @@ def _application(
     from tidegate.guards.breaker import BreakerOptions
 
     key = None if settings.upstream_key is None else settings.upstream_key.get_secret_value()
+    tracing = _tracing(settings)
     asking = None
     if settings.upstream_url is not None:
         upstream = Upstream(
@@ -571,6 +652,7 @@ def _application(
             key=key,
             connect_timeout_s=settings.upstream_connect_timeout,
             silence_timeout_s=settings.upstream_read_timeout,
+            tracing=tracing,
         )
         asking = Asking(upstream)
     console = create_console(
@@ -599,15 +681,26 @@ def _application(
         connect_timeout_s=settings.upstream_connect_timeout,
         silence_timeout_s=settings.upstream_read_timeout,
         judge_system=settings.judge_system,
+        trusted_fields=settings.trusted_fields or (),
         live=LiveLimits(
             frame_bytes=settings.max_body_bytes,
             idle_s=settings.upstream_read_timeout,
             drain_s=settings.shutdown_timeout * _DRAIN_SHARE,
         ),
         entrance=_entrance(settings, store),
+        tracing=tracing,
+        courier=_courier(settings, store),
         routes=console,
         on_close=[*((asking.close,) if asking else ()), store.aclose],
     )
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    if settings.traces == "none":
+        return None
+    provider = _from_extra("otel", "tidegate.gateway.tracing", "otlp_provider")()
+    tracing: Tracing = _from_extra("otel", "tidegate.gateway.tracing", "Tracing")(provider)
+    return tracing
 
 
 def _suggestions(*, demo: bool) -> Sequence[Suggestion]:
@@ -692,25 +785,44 @@ def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str]) ->
         raise TidegateError("the server could not start; its messages are above")
 
 
-def _server_config(application: Starlette, shutdown_timeout: float, log_level: str, **options: Any) -> uvicorn.Config:
-    from uvicorn.config import LOGGING_CONFIG
-
+def _server_config(
+    application: Starlette | Callable[[], Starlette],
+    shutdown_timeout: float,
+    log_level: str,
+    *,
+    log_format: LogFormat = "text",
+    access: bool = False,
+    **options: Any,
+) -> uvicorn.Config:
     from tidegate.gateway.connections import BoundedConfig
     from tidegate.gateway.draining import DrainingWebSockets
+    from tidegate.gateway.logs import log_config
 
-    logging = copy.deepcopy(LOGGING_CONFIG)
-    logging["loggers"]["tidegate"] = {"handlers": ["default"], "level": log_level.upper(), "propagate": False}
     return BoundedConfig(
         application,
-        log_config=logging,
-        log_level="warning" if log_level == "info" else log_level,
-        access_log=log_level == "debug",
+        log_config=log_config(log_level, log_format, access=access or log_level == "debug"),
+        access_log=False,
         timeout_graceful_shutdown=max(1, round(shutdown_timeout)),
         server_header=False,
         ws=DrainingWebSockets,
         ws_ping_interval=_PING_S,
         ws_ping_timeout=_PING_S,
         ws_per_message_deflate=False,  # small frames that should arrive at once, and no memory for each connection
+        **options,
+    )
+
+
+def _settings_config(
+    settings: Settings, application: Starlette | Callable[[], Starlette], **options: Any
+) -> uvicorn.Config:
+    return _server_config(
+        application,
+        settings.shutdown_timeout,
+        settings.log_level,
+        log_format=settings.log_format,
+        access=settings.access_log,
+        ws_max_size=settings.max_body_bytes,
+        **_connection_options(settings),
         **options,
     )
 
@@ -818,7 +930,21 @@ def _open_store(settings: Settings) -> Store:
         spool_bytes=settings.spool_bytes,
         key=key,
         keep_days=settings.keep_days,
+        address=None if settings.webhooks is None else _address_of(settings.webhooks),
     )
+
+
+def _address_of(webhooks: Path) -> Address:
+    """Which webhooks are told of a decision; also where a command brings decisions from the spool to the database."""
+    from tidegate.gateway.webhooks import addressed, read_webhooks
+
+    return addressed(read_webhooks(webhooks))
+
+
+def _courier(settings: Settings, store: Store) -> Courier | None:
+    from tidegate.gateway.webhooks import Courier, read_webhooks
+
+    return None if settings.webhooks is None else Courier(store.outbox, read_webhooks(settings.webhooks))
 
 
 def _kept(database: str | None) -> Store:
@@ -850,6 +976,31 @@ def _action(word: str) -> Action:
         return Action.parse(word)
     except ValueError as error:
         raise InputError(str(error), where="action") from None
+
+
+# --- webhooks -----------------------------------------------------------------------------------------------------
+
+
+@webhooks_app.command("status")
+def webhooks_status(database: DatabaseOption = None) -> None:
+    """Print how it stands with each webhook: one JSON object a line. The exit code is 1 when any was given up."""
+    with _kept(database) as store:
+        standings = store.outbox.standings()
+    for name, standing in standings.items():
+        figures = {"waiting": standing.waiting, "dead": standing.dead, "oldest": standing.oldest.isoformat()}
+        _print_json({"webhook": name, **figures, "error": standing.error})
+    if any(standing.dead for standing in standings.values()):
+        raise typer.Exit(FLAGGED)
+
+
+@webhooks_app.command("retry")
+def retry_webhooks(
+    webhook: Annotated[str | None, typer.Option(metavar="NAME", help="Only this one.")] = None,
+    database: DatabaseOption = None,
+) -> None:
+    """Have what was given up tried again, by the gateways that run."""
+    with _kept(database) as store:
+        _say(f"{store.outbox.retry(webhook):,} deliveries are tried again")
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------

@@ -36,17 +36,20 @@ _UNSET_WHEN_EMPTY: Final = (
     "spool",
     "keep_days",
     "confirm_guard",
+    "webhooks",
     "auth",
     "redis_url",
     "open_doors",
     "adapters",
     "allowed_hosts",
+    "trusted_fields",
     *_LIMITS,
     *_TLS,
 )
 _HIDDEN: Final = (*_SECRETS, "database_url", "upstream_url", "redis_url")
 """Settings whose value never appears in an error message: they are secret or may contain a password."""
 _KEY: Final = re.compile("[0-9A-Fa-f]{64}")
+_FIELD_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LONGEST_SECRET_FILE: Final = 64 * 1024
 
 _LOCAL_HOSTS: Final = ("localhost", "ip6-localhost")
@@ -65,6 +68,8 @@ class Settings(BaseModel):
     """Address that the server listens on. The default is reachable from this machine only."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080
     """Port that the server listens on; 0 takes a free one."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Number of processes that serve; several need a database that is not in memory only."""
     upstream_url: str | None = None
     """Base URL of the OpenAI-compatible server behind the gateway, as ``http://127.0.0.1:8000/v1``; None for none."""
     upstream_key: SecretStr | None = None
@@ -136,6 +141,9 @@ class Settings(BaseModel):
     """Longest time that a guard may take for one judgement, in seconds."""
     judge_system: bool = False
     """Whether system and developer turns are judged too, as if a user had written them."""
+    trusted_fields: tuple[str, ...] | None = None
+    """Names of fields of the upstream's answers that Tidegate does not know, but that carry no text of the model, with
+    commas between: they pass as they are. None for none."""
     client_timeout: Seconds = 60.0
     """Longest time that a client may take nothing of a streaming answer, in seconds; then it is given up."""
     upstream_connect_timeout: Seconds = 10.0
@@ -144,13 +152,28 @@ class Settings(BaseModel):
     """Longest silence of the upstream within an answer, in seconds."""
     shutdown_timeout: Seconds = 30.0
     """How long open streams may go on when the server is told to stop, in seconds."""
+    webhooks: Path | None = None
+    """File that says which webhooks are told of which decisions; None for none."""
+    traces: Literal["none", "otlp"] = "none"
+    """Where traces go: ``otlp`` sends them where the ``OTEL_`` variables say."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity of what is logged. User text is never logged."""
+    log_format: Literal["text", "json"] = "text"
+    """Lines of text, or one JSON object a line."""
+    access_log: bool = False
+    """Whether each request is a line of the log, with its route and status; at ``debug`` they are anyway."""
 
-    @field_validator("open_doors", "allowed_hosts", mode="before")
+    @field_validator("open_doors", "allowed_hosts", "trusted_fields", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+    @field_validator("trusted_fields")
+    @classmethod
+    def _field_names(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if not all(_FIELD_NAME.fullmatch(name) for name in value or ()):
+            raise ValueError("expected names of fields, with commas between")
+        return value
 
     @field_validator("open_doors")
     @classmethod

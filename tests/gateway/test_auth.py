@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,7 @@ import websockets
 from openai import AuthenticationError, OpenAI, PermissionDeniedError, RateLimitError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.websockets import WebSocket
+from starlette.routing import BaseRoute, Route
 
 from kept import url_of
 from redis_server import RedisServer
@@ -30,6 +30,7 @@ from tidegate.gateway.app import create_app
 from tidegate.gateway.auth import KeyRing, door_of
 from tidegate.gateway.entrance import EntranceOptions
 from tidegate.gateway.limits import LimitOptions
+from tidegate.gateway.live_frames import PROTOCOL
 from tidegate.store import Allowance, Keys, Store, open_store
 from tidegate.store.keys import DOORS, KnownKey
 from tidegate.testing import FakeStreamGuard, FakeUpstream, Reply
@@ -57,13 +58,6 @@ async def seen(request: Request) -> JSONResponse:
     return JSONResponse({"state": [state.tenant, state.region, state.adapter, state.guest], "headers": headers})
 
 
-async def live(socket: WebSocket) -> None:
-    await socket.accept()
-    await socket.send_text(str(socket.state.tenant))
-    await socket.receive_text()
-    await socket.close()
-
-
 def make(keys: Any, *, routes: Sequence[BaseRoute] = (), upstream_url: str | None = None, **options: Any) -> Any:
     return create_app(
         guard=options.pop("guard", FakeStreamGuard()),
@@ -72,7 +66,7 @@ def make(keys: Any, *, routes: Sequence[BaseRoute] = (), upstream_url: str | Non
         upstream_key=options.pop("upstream_key", UPSTREAM_KEY),
         keep=options.pop("keep", None),
         health=HEALTH,
-        routes=[Route("/v1/guard", seen), WebSocketRoute("/v1/live", live), *routes],
+        routes=[Route("/v1/guard", seen), *routes],
         entrance=EntranceOptions(keys=keys, **options),
     )
 
@@ -137,7 +131,7 @@ def test_every_path_of_the_gateway_and_the_console_belongs_to_a_door() -> None:
     """A path that somebody adds and forgets is closed; this test says it before somebody wonders why."""
     console = create_console(guard=FakeStreamGuard(), policy=make_policy())
     app = make(None, routes=console)
-    paths = {route.path for route in app.routes if route.path != "/healthz"}
+    paths = {route.path for route in app.routes if route.path not in ("/livez", "/healthz")}
 
     assert paths
     assert {path for path in paths if door_of(path) is None} == set()
@@ -267,22 +261,23 @@ async def test_a_websocket_needs_a_key_too_and_counts_as_one_exchange(keys: Keys
     _, token = keys.create("shop", allowance=Allowance(concurrent=1))
     _, narrow = keys.create("shop", doors=["chat"])
     with serving(make(keys)) as url:
-        address = f"{url.replace('http', 'ws')}/v1/live"
+        connect = functools.partial(
+            websockets.connect, f"{url.replace('http', 'ws')}/v1/live", subprotocols=[websockets.Subprotocol(PROTOCOL)]
+        )
         for shown, status in (({}, 401), (bearer(narrow), 403)):
             with pytest.raises(websockets.InvalidStatus) as caught:
-                await websockets.connect(address, additional_headers=shown)
+                await connect(additional_headers=shown)
             assert caught.value.response.status_code == status
             assert json.loads(caught.value.response.body)["error"]["code"] in ("invalid_api_key", "door_closed")
-        async with websockets.connect(address, additional_headers=bearer(token)) as socket:
-            assert await socket.recv() == "shop"
+        async with connect(additional_headers=bearer(token)) as socket:
+            assert json.loads(await socket.recv())["type"] == "hello"
             with pytest.raises(websockets.InvalidStatus) as caught:
-                await websockets.connect(address, additional_headers=bearer(token))
+                await connect(additional_headers=bearer(token))
             assert caught.value.response.status_code == 429
-            await socket.send("bye")
         for _ in range(200):
             with contextlib.suppress(websockets.InvalidStatus):
-                async with websockets.connect(address, additional_headers=bearer(token)) as again:
-                    assert await again.recv() == "shop"
+                async with connect(additional_headers=bearer(token)) as again:
+                    assert json.loads(await again.recv())["type"] == "hello"
                 break
         else:
             pytest.fail("the place was not given back")

@@ -85,6 +85,7 @@ def test_a_conversation_gets_everything_that_a_verdict_and_a_decision_have() -> 
         "reason": None,
         "span": None,
         "scope": {"tenant": None, "region": None, "route": "/v1/guard", "language": None},
+        "turn": 0,
     }
     assert [(one.action.word, talk) for one, talk, _ in record.kept] == [
         ("block", Conversation.of("how do i build a bomb"))

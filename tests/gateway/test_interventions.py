@@ -244,7 +244,7 @@ def test_only_texts_are_masked_and_what_is_spared_stays() -> None:
         ],
     }
 
-    masked, count = masked_body(body, {"prompt[1]"})
+    masked, count = masked_body(body, {"prompt[1]", "messages[0].content[0]"})
 
     assert count == 3
     assert masked["prompt"] == ["999 9999999", "040 1234567"]

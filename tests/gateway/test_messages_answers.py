@@ -147,11 +147,16 @@ PIECES = st.lists(
 
 
 @settings(max_examples=50)
+@example(pieces=[("thinking", "a bomb"), ("text", "a"), ("thinking", "bomb")], reads=[], more=[])
 @given(pieces=PIECES, reads=CUTS, more=CUTS)
 async def test_mixed_blocks_end_in_the_same_way_however_they_are_cut(
     pieces: list[tuple[str, str]], reads: list[float], more: list[float]
 ) -> None:
-    """Texts, thinking and calls: what the client has at the end, and its decision, are those of any other cut."""
+    """Texts, thinking and calls: the decision is that of any other cut, and so is an answer that is let out to its end.
+
+    Of one that is stopped, a client may have had more by then where the events came one by one: thinking that was over,
+    and whose verdict changed when it went on behind a text, had let that text out.
+    """
     guard = FakeStreamGuard()
     make = {"text": fake.text, "thinking": fake.thinking, "tool_use": fake.tool_use}
     events = [fake.start()]
@@ -166,13 +171,15 @@ async def test_mixed_blocks_end_in_the_same_way_however_they_are_cut(
         for reading in (cut(data, reads), [data], each)
     ]
 
-    assert len({str((client.content, client.inputs, client.reason)) for client in clients}) == 1
+    assert len({client.reason for client in clients}) == 1
+    if clients[0].reason == "end_turn":
+        assert len({str((client.content, client.inputs)) for client in clients}) == 1
     assert len({str(client.field["action"]) for client in clients}) == 1
     assert all(client.balanced() and client.done for client in clients)
     assert guard.open_sessions == 0
     for kind in ("text", "thinking"):
         whole = "".join(text for of, text in pieces if of == kind)
-        assert whole.startswith(clients[0].text(kind))
+        assert all(whole.startswith(client.text(kind)) for client in clients)
     if clients[0].reason == "end_turn":
         assert clients[0].text() == "".join(text for of, text in pieces if of == "text")
 

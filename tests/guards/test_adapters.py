@@ -20,8 +20,11 @@ from adapter_folder import random_tensors, turned, turned_adapter, write_adapter
 from gen_folder import ABOUT_PROMPT, ABOUT_RESPONSE, REASONED, gen_folder, toy_rows
 from tidegate.errors import GuardError, GuardUnavailable, InputError
 from tidegate.guards import AdaptableGuard, gen, load_guard
+from tidegate.guards.callers import CallersGuard, with_adapter
 from tidegate.guards.cascade import AskBetween, AskOptions, CascadeConfig, CascadeGuard
 from tidegate.guards.gen import GenGuard
+from tidegate.guards.remembered import Memory, RememberedGuard
+from tidegate.guards.terms import Terms, on_terms
 from tidegate.moderate import check, moderate, moderate_stream
 from tidegate.policy import load_policy
 from tidegate.types import Conversation, Severity, Target, TokenVerdict, Verdict
@@ -220,3 +223,19 @@ def test_what_cannot_be_an_adapter_ends_the_load(tmp_path: Path) -> None:
         load_guard(f"gen:{gen_folder()}", adapters={"bank": tmp_path})
     with pytest.raises(InputError, match=r"adapters: expected .* as the name of an adapter"):
         load_guard(f"gen:{gen_folder()}", adapters={"../bank": tmp_path})
+
+
+async def test_who_calls_a_gateway_is_judged_with_the_adapter_of_its_key_remembered_or_not(guard: GenGuard) -> None:
+    callers = RememberedGuard(CallersGuard(guard), Memory(bytes(32)))
+    conversation = ROWS[0].conversation
+    expected = {name: await guard.adapted(name).judge(conversation) for name in NAMES}
+
+    async def judged(name: str | None) -> Verdict:
+        with with_adapter(name):
+            return await on_terms(callers, Terms(deadline_s=60)).judge(conversation)
+
+    for _ in range(2):
+        for name, verdict in zip(NAMES, await asyncio.gather(*map(judged, NAMES)), strict=True):
+            assert close(verdict, expected[name]), name
+    with with_adapter("of nobody"), pytest.raises(GuardError, match="not loaded"):
+        await callers.judge(conversation)

@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator, Mapping
 
 import pytest
 
+from id_guard import IdGuard
 from redis_server import RedisServer
 from serving import until
 from tidegate.errors import GuardUnavailable
+from tidegate.guards.base import judges_together
 from tidegate.guards.callers import CallersGuard, with_adapter
 from tidegate.guards.remembered import Memory, RememberedGuard, verdict_from_json, verdict_to_json
 from tidegate.guards.terms import Terms, on_terms
@@ -310,3 +312,24 @@ async def test_an_adapter_that_is_not_there_is_a_failure_and_never_the_guard_wit
             callers.open(None)
     assert type(caught.value) is GuardError, "a kind that opens no breaker: others have their adapters"
     assert (await callers.judge(BREAD)).severity is Severity.SAFE
+
+
+async def test_what_the_guard_said_without_an_adapter_is_not_remembered_for_one_that_is_not_there() -> None:
+    from tidegate.errors import GuardError
+
+    guard = RememberedGuard(CallersGuard(AdaptedGuard()), Memory(KEY))
+    assert (await guard.judge(BREAD)).guard == "fake/1"
+    with with_adapter("unknown"):
+        assert guard.name == "fake/1+unknown"
+        with pytest.raises(GuardError, match="not loaded"):
+            await guard.judge(BREAD)
+
+
+async def test_who_takes_ids_or_judges_reasoning_together_still_does_so_when_it_is_remembered() -> None:
+    class Both(IdGuard):
+        together = True
+
+    for inner, does in ((Both(), True), (FakeStreamGuard(), False)):
+        guard = RememberedGuard(CallersGuard(inner), Memory(KEY))
+        assert (guard.takes_ids, judges_together(guard)) == (does, does)
+    assert (await RememberedGuard(CallersGuard(Both()), Memory(KEY)).id_text()).decode([98, 99]) == "bc"

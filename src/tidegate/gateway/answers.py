@@ -9,6 +9,7 @@ What leaves, and what does not:
   function calls, and the name of a tool that the request did not offer) are judged each by itself, as what it is. In a
   stream the guard is also told of the reasoning so far and of the called tool. A chunk whose text is held goes out
   later, in its turn, with as much of its text as was released.
+- Letters that are written as escapes in the arguments of a call are judged, and leave, as themselves.
 - A text that another text follows is taken to be complete, so that the end of the reasoning is not held until the end
   of the answer. Should it go on, it is judged again from its beginning, and what has left is not sent twice.
 - Known fields without text (ids, index, role, finish_reason, usage, model, ...) pass when they are what they should
@@ -48,6 +49,7 @@ from tidegate.gateway.deltas import (
     Text,
     called,
     finish_reason_of,
+    is_json,
     is_place,
     path_of,
     put,
@@ -61,6 +63,7 @@ from tidegate.gateway.logprobs import Tokens
 from tidegate.gateway.schemas import decision_field, json_of, mended, undecided_field, worst_decision
 from tidegate.gateway.sse import DONE, EventReader, event
 from tidegate.gateway.statuses import Problem
+from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.moderate import Retry, ending_of
 from tidegate.personal import mask
 from tidegate.types import Action, Channel, Coverage, CoverageState, Decision, InterventionKind
@@ -188,7 +191,9 @@ class _Choice:
         thought = "" if kind is Channel.REASONING else reasoning_of(texts)
         name = called(slot, self.names, texts)
         path = path_of(self.index, slot)
-        channel = self.channels[slot] = TextChannel(self.judging, slot, kind, path, reasoning=thought, name=name)
+        channel = self.channels[slot] = TextChannel(
+            self.judging, slot, kind, path, reasoning=thought, name=name, json=is_json(slot)
+        )
         return channel
 
     def texts(self) -> dict[Slot, str]:
@@ -400,6 +405,8 @@ class AnswerStream:
         kept = without_text(rest, {}, self._judging.trusted, parts)
         choice.finish_reason = finish_reason_of(content, parts)
         texts = self._take_texts(choice, parts.texts)
+        if choice.finish_reason is not None:
+            texts += [(channel, left) for channel in choice.channels.values() if (left := channel.rest())]
         frame = choice.tokens.take(content.get("logprobs"), {channel.slot: text for channel, text in texts}, parts)
         if choice.dropped or self._dropped:
             choice.refuse()
@@ -661,7 +668,10 @@ class _Whole:
         if message is None:
             raise UpstreamError(f"the upstream's answer is not {form.called}")
         take_apart(message, judging.known(form.texts), parts)
-        self._texts = [text._replace(text=mended(text.text)) for text in parts.texts]
+        self._texts = [
+            text._replace(text=wholly_unescaped(text.text) if is_json(text.slot) else mended(text.text))
+            for text in parts.texts
+        ]
         kept = without_text({"index": self._index, **rest}, CHOICE_FIELDS, judging.trusted, parts)
         self._kept = {**kept, "finish_reason": finish_reason_of(choice, parts)}
         if "logprobs" in choice:

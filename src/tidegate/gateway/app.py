@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,10 +25,13 @@ from tidegate.gateway.completions import CompletionsDoor
 from tidegate.gateway.entrance import Entrance, EntranceOptions
 from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.guard import GuardDoor
+from tidegate.gateway.limits import Throttle
 from tidegate.gateway.live import Live, LiveLimits
+from tidegate.gateway.logs import AccessLog
 from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
+from tidegate.gateway.refusals import error_body
 from tidegate.gateway.responses import ResponsesDoor, refuse_stored
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
@@ -39,10 +42,14 @@ from tidegate.guards.callers import CallersGuard
 from tidegate.guards.resilient import FALLBACK_DEADLINE_S, ResilientGuard
 from tidegate.guards.second import SecondGuard
 from tidegate.moderate import Keep, failure_of
-from tidegate.policy import PolicySource, WatchedPolicy
+from tidegate.policy import PolicySource, Retention, WatchedPolicy
 from tidegate.policy.watching import Outcome
 from tidegate.settings import Continues
-from tidegate.types import Conversation, Severity
+from tidegate.types import Advice, Conversation, Decision, Severity
+
+if TYPE_CHECKING:
+    from tidegate.gateway.tracing import Tracing
+    from tidegate.gateway.webhooks import Courier
 
 __all__ = ["HealthTexts", "create_app"]
 
@@ -50,6 +57,8 @@ DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(), CompletionsDoor(), ResponsesD
 """The protocols that clients can speak to an upstream."""
 
 DEFAULT_LONGEST_BODY: Final = 8 * 1024 * 1024
+_LAST_WORDS_S: Final = 5.0
+"""Seconds that exchanges may take to end when the server has waited as long as it would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,8 @@ def create_app(
     judge_system: bool = False,
     live: LiveLimits = LiveLimits(),  # noqa: B008 - frozen
     entrance: EntranceOptions | None = None,
+    tracing: Tracing | None = None,
+    courier: Courier | None = None,
     routes: Sequence[BaseRoute] = (),
     on_close: Sequence[Callable[[], Any]] = (),
 ) -> Starlette:
@@ -115,13 +126,16 @@ def create_app(
             operator's own words in most installations; say yes where tenants write them.
         live: what clients of ``/v1/live`` are held to.
         entrance: who is let in, how much each may do, and what is remembered; None for everybody, anything, nothing.
+        tracing: makes spans of requests, of calls of the upstream, and of what the guard does; closed when the app
+            shuts down. None for no traces.
+        courier: posts to webhooks while the app lives; None for no webhooks.
         routes: more routes beside the gateway's, as the console's.
         on_close: called (and awaited, where it gives something to await) at shutdown, after the guard is closed.
 
     Raises:
         InputError: when ``upstream_url`` is not an address, or the Redis of the entrance has none.
     """
-    telemetry = Telemetry()
+    telemetry = Telemetry(tracing)
     second = None if confirmer is None else SecondGuard(confirmer, timeout_s=confirm_timeout_s)
     gate = Entrance(entrance or EntranceOptions(), telemetry.registry)
     timed = TimedGuard(CallersGuard(guard), telemetry)
@@ -130,8 +144,14 @@ def create_app(
     upstream = None
     if upstream_url is not None:
         upstream = Upstream(
-            upstream_url, key=upstream_key, connect_timeout_s=connect_timeout_s, silence_timeout_s=silence_timeout_s
+            upstream_url,
+            key=upstream_key,
+            connect_timeout_s=connect_timeout_s,
+            silence_timeout_s=silence_timeout_s,
+            tracing=tracing,
         )
+    if keep is not None:
+        keep = _Throttling(keep, gate.limits, telemetry)
     behind = Behind(
         guard=guarded,
         policy=policy,
@@ -144,6 +164,7 @@ def create_app(
         trusted=frozenset(trusted_fields),
         judge_system=judge_system,
         continues=continues,
+        admit=gate.limits.admit_subject,
     )
     moderations = Moderations(
         guard=guarded,
@@ -160,6 +181,7 @@ def create_app(
         telemetry=telemetry,
         longest_body=longest_body,
         guard_timeout_s=patience_s,
+        admit=gate.limits.admit_subject,
     )
     live_streams = Live(
         guard=guarded,
@@ -169,8 +191,10 @@ def create_app(
         limits=live,
         guard_timeout_s=patience_s,
         client_timeout_s=client_timeout_s,
+        admit=gate.limits.admit_subject,
     )
     models = Models(upstream, guard.name, policy, behind.trusted, telemetry)
+    running: set[asyncio.Task[Any]] = set()
     checkup = _Health(guard, health, health_timeout_s, policy)
 
     async def metrics(request: Request) -> Response:
@@ -182,15 +206,23 @@ def create_app(
             await upstream.open()
         await gate.open()
         watching = _watching(policy, telemetry)
+        if courier is not None:
+            courier.open(telemetry.tell_webhook, telemetry.tell_outbox)
         try:
             yield
         finally:
             if watching is not None:
                 watching.cancel()
+            if running:  # the server has cancelled them: they tell their clients, and keep their decisions
+                await asyncio.wait(running, timeout=_LAST_WORDS_S)
+            if courier is not None:
+                await courier.close()
             for close in (*((upstream.close,) if upstream else ()), guarded.close, gate.close, *on_close):
                 closing = close()
                 if inspect.isawaitable(closing):
                     await closing
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = Starlette(
         routes=[
@@ -206,6 +238,7 @@ def create_app(
             WebSocketRoute("/v1/live", live_streams.connect),
             Route("/v1/models", models.list, methods=["GET"]),
             Route("/v1/models/{name:path}", models.one, methods=["GET"]),
+            Route("/livez", _alive, methods=["GET"]),
             Route("/healthz", checkup.tell, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
             *routes,
@@ -219,7 +252,10 @@ def create_app(
         lifespan=life,
     )
     gate.put_before(app)
-    app.add_middleware(_Counted, telemetry=telemetry)
+    app.add_middleware(_Counted, telemetry=telemetry, running=running)
+    app.add_middleware(AccessLog)
+    if tracing is not None:
+        app.add_middleware(tracing.around)
     return app
 
 
@@ -246,6 +282,22 @@ def _guarded(
     )
 
 
+class _Throttling:
+    """Keeps decisions, and carries out the advice to throttle: whose content it was may do less for a while."""
+
+    def __init__(self, keep: Keep, throttle: Throttle, telemetry: Telemetry) -> None:
+        self._keep = keep
+        self._throttle = throttle
+        self._telemetry = telemetry
+
+    async def __call__(self, decision: Decision, conversation: Conversation, *, retention: Retention) -> str | None:
+        if Advice.THROTTLE in decision.advice:
+            scope = decision.scope
+            if await self._throttle.throttle(scope.tenant, scope.subject):
+                self._telemetry.throttled.inc()
+        return await self._keep(decision, conversation, retention=retention)
+
+
 def _watching(policy: PolicySource, telemetry: Telemetry) -> asyncio.Task[None] | None:
     """Tell which policy is in force, and look for another one where it can change."""
     telemetry.tell_policy(policy.current, stale=False)
@@ -262,6 +314,11 @@ def _watching(policy: PolicySource, telemetry: Telemetry) -> asyncio.Task[None] 
 
     policy.tell = tell_from_thread
     return asyncio.create_task(policy.watch())
+
+
+async def _alive(request: Request) -> Response:
+    """``GET /livez``: this process answers. Nothing is asked, so that a slow guard gets no gateway restarted."""
+    return JSONResponse({"status": "ok", "version": __version__})
 
 
 class _Health:
@@ -320,41 +377,53 @@ class _Health:
         }
 
 
-# --- errors, all in OpenAI's shape --------------------------------------------------------------------------------
+# --- errors, each in the shape of its path ------------------------------------------------------------------------
 
 
 async def _tell_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
-    return error.response()
+    return _told(request, error)
 
 
 async def _tell_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TidegateError)
-    return problem_of(error).response()
+    return _told(request, problem_of(error))
 
 
 async def _tell_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     messages = {404: "there is no such path here", 405: "this path does not take this method"}
-    return Problem(error.status_code, messages.get(error.status_code, error.detail)).response()
+    message = messages.get(error.status_code, error.detail)
+    return _told(request, Problem(error.status_code, message, headers=dict(error.headers or {})))
 
 
 async def _tell_bug(request: Request, error: Exception) -> Response:
-    return Problem(500, "something went wrong in the gateway", "server_error", None, "internal_error").response()
+    return _told(request, Problem(500, "something went wrong in the gateway", "server_error", None, "internal_error"))
+
+
+def _told(request: Request, problem: Problem) -> Response:
+    return JSONResponse(error_body(problem, request.url.path), problem.status, dict(problem.headers))
 
 
 class _Counted:
-    """Counts requests by route and status; a client that went away before the status is ``gone``."""
+    """Counts requests by route and status; a client that went away before the status is ``gone``.
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+    ``running`` holds the tasks of those that are under way.
+    """
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, running: set[asyncio.Task[Any]]) -> None:
         self._app = app
         self._telemetry = telemetry
+        self._running = running
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         status = "gone"
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -368,6 +437,7 @@ class _Counted:
             status = "500" if status == "gone" else status
             raise
         finally:
+            self._running.discard(task)
             route = scope.get("route")
             path = getattr(route, "path", "other") if scope.get("endpoint") else "other"
             self._telemetry.requests.labels(path, status).inc()

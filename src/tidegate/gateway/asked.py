@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from tidegate.types import Channel, Conversation, Coverage, CoverageState, Role, Span, Turn
 
-__all__ = ["Asked", "Beside", "Prompt", "PromptText", "Said", "prompt_of"]
+__all__ = ["Asked", "Beside", "Prompt", "PromptText", "Said", "earlier_texts", "prompt_of"]
 
 _CHANNELS: Final = {Role.SYSTEM: Channel.SYSTEM, Role.USER: Channel.USER, Role.TOOL: Channel.TOOL_RESULT}
 
@@ -61,6 +61,7 @@ class Asked:
         stream: whether the answer is to stream.
         tools: the names of the tools that the model may call.
         subject: whose content it is, as the client says it; None when it does not.
+        said: the turns with the places of their texts; () where none was before another.
     """
 
     body: dict[str, Any]
@@ -72,6 +73,7 @@ class Asked:
     stream: bool
     tools: frozenset[str] = frozenset()
     subject: str | None = None
+    said: tuple[Said, ...] = ()
 
 
 class Beside(NamedTuple):
@@ -128,6 +130,7 @@ class Prompt(NamedTuple):
     new: tuple[PromptText, ...]
     coverage: tuple[Coverage, ...]
     unseen: tuple[Coverage, ...]
+    said: tuple[Said, ...]
 
 
 def prompt_of(
@@ -157,7 +160,29 @@ def prompt_of(
         (*_new_texts(said, new), *apart),
         (*_coverage(said, new), *(_of_beside(one, judged) for one in beside), *unseen),
         (*(part for one in said for part in one.unseen), *unseen),
+        tuple(said),
     )
+
+
+def earlier_texts(said: Sequence[Said], most: int) -> tuple[PromptText, ...]:
+    """The texts of the newest turns before what is new, oldest first, system turns left out.
+
+    Turns that were joined when they were new are joined again: whoever remembers what was said of them finds it.
+
+    Args:
+        said: all turns of a request.
+        most: of how many turns with text, at least 1.
+    """
+    new = _new_turns(said, judge_system=True)
+    earlier = [index for index in range(len(said)) if index not in new]
+    named = [index for index in earlier if said[index].has_text or said[index].words][-most:]
+    words = (
+        Beside(path, _CHANNELS.get(said[index].turn.role, Channel.USER), text, len(text))
+        for index in named
+        for path, text in said[index].words
+    )
+    apart = (text for word in words for text in _together([word], Role.USER))
+    return (*_new_texts(said, set(named)), *apart)
 
 
 def _together(texts: Sequence[Beside], role: Role) -> Iterator[PromptText]:

@@ -59,6 +59,7 @@ DOOR_OF: Final[tuple[tuple[str, str], ...]] = (
 )
 """Which door a path belongs to, with all that is below it."""
 
+_OF_KEYS: Final = ("tenant", "region", "adapter", "key")
 _NOT_LIMITED: Final = ("metrics", "models", "admin")
 _OURS: Final = frozenset((b"authorization", b"x-api-key", b"x-upstream-authorization", b"x-upstream-api-key"))
 _FOR_UPSTREAM: Final = {b"x-upstream-authorization": b"authorization", b"x-upstream-api-key": b"x-api-key"}
@@ -180,8 +181,8 @@ class Auth:
     """The middleware that lets in; sets ``request.state`` for whatever is behind it.
 
     ``state`` has ``tenant``, ``region``, ``adapter``, ``key`` (a `Key`), ``limits``, and ``guest``: whether somebody
-    is let in without a key although there are keys. Without keys on, everybody is let in, and all of these are None,
-    but for the last two.
+    is let in without a key although there are keys. Without keys on, everybody is let in, and the first four are None
+    where nobody before has said them: whoever lets clients in there may say their tenant and region.
 
     Args:
         app: what is behind it.
@@ -212,7 +213,8 @@ class Auth:
             await self._app(scope, receive, send)
             return
         if self._ring is None:
-            self._set_state(scope, None, guest=False)
+            said = scope.setdefault("state", {})
+            said.update({**dict.fromkeys(_OF_KEYS), **said}, guest=False, limits=self._limits)
             await self._app(scope, receive, send)
             return
         path = scope["path"]

@@ -8,6 +8,7 @@ from typing import Final
 
 from tidegate.gateway.deltas import Known, Slot
 from tidegate.gateway.schemas import mended, worst_decision
+from tidegate.gateway.unescaped import unescaped
 from tidegate.guards.base import StreamGuard, judges_together
 from tidegate.guards.session import assistant_turn
 from tidegate.moderate import Retry, StreamModerator, moderate
@@ -117,6 +118,7 @@ class TextChannel:
         path: its place in the exchange, as coverage says it.
         reasoning: what was thought before it; "" when nothing.
         name: the name of the called tool, for the arguments of a call; else "".
+        json: whether it is JSON, in which every letter is judged, and leaves, as itself (`tidegate.gateway.unescaped`).
 
     Attributes:
         ready: what was released and has not gone out yet.
@@ -128,7 +130,9 @@ class TextChannel:
     __slots__ = (
         "_before",
         "_complete",
+        "_escape",
         "_half",
+        "_json",
         "_judging",
         "_new",
         "_skip",
@@ -142,7 +146,15 @@ class TextChannel:
     )
 
     def __init__(
-        self, judging: Judging, slot: Slot, kind: Channel, path: str, *, reasoning: str = "", name: str = ""
+        self,
+        judging: Judging,
+        slot: Slot,
+        kind: Channel,
+        path: str,
+        *,
+        reasoning: str = "",
+        name: str = "",
+        json: bool = False,
     ) -> None:
         self.slot = slot
         self.kind = kind
@@ -153,6 +165,8 @@ class TextChannel:
         self._before = {"reasoning": reasoning, "name": name}
         self._new: list[str] = []
         self._half = ""
+        self._escape = ""
+        self._json = json
         self._skip = 0
         self._complete = False
         self.retry: Retry | None = None
@@ -190,8 +204,10 @@ class TextChannel:
     def add(self, text: str) -> str:
         """Take text in; returns it as it will go out: halves of a surrogate pair joined, and single ones replaced.
 
-        A half that may still find its other half waits for the next piece.
+        A half that may still find its other half waits for the next piece, and so does an escape that is not complete.
         """
+        if self._json:
+            text, self._escape = unescaped(self._escape + text)
         if self._half or not text.isascii():
             text, self._half = self._half + text, ""
             if "\ud800" <= text[-1] <= "\udbff":
@@ -200,6 +216,13 @@ class TextChannel:
         if text:
             self._new.append(text)
         self.ending = False
+        return text
+
+    def rest(self) -> str:
+        """Take in what waits for more, because no more comes; returns it as it will go out."""
+        text, self._escape = self._escape, ""
+        if text:
+            self._new.append(text)
         return text
 
     async def judge(self) -> bool:
@@ -228,7 +251,7 @@ class TextChannel:
         """What comes next follows the text that was rolled back."""
         self.retry = None
         self.ending = self._complete = False
-        self._half = ""
+        self._half = self._escape = ""
         self._new.clear()
 
     def give_up(self) -> None:

@@ -29,6 +29,7 @@ from tidegate.gateway.fields import (
 )
 from tidegate.gateway.schemas import kind_of, refuse, weight_of
 from tidegate.gateway.statuses import Problem
+from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.gateway.upstream import KeyHeader
 from tidegate.moderate import Retry
 from tidegate.settings import Continues
@@ -259,6 +260,8 @@ def _message(message: Any, path: str, tools: frozenset[str]) -> Said:
         refuse(f"expected one of {', '.join(_ROLES)}", "invalid_value", param=f"{path}.role")
     channel = _CHANNELS.get(role, Channel.ANSWER)
     texts, unseen = _content(message.get("content"), f"{path}.content", role, channel)
+    if role is Role.TOOL:
+        texts = [wholly_unescaped(text) for text in texts]
     reasoning = {name: message[name] for name in _MESSAGE_REASONING if isinstance(message.get(name), str)}
     words = {name: message[name] for name in _MESSAGE_WORDS if isinstance(message.get(name), str)}
     calls = list(_calls(message, path, channel))
@@ -361,8 +364,7 @@ def _calls(message: Mapping[str, Any], path: str, channel: Channel) -> Iterator[
 def _call(function: Mapping[str, Any], path: str, channel: Channel, rest: tuple[Coverage, ...]) -> _Call:
     given = next((name for name in _ARGUMENTS if name in function), None)
     arguments = function.get(given, "") if given else ""
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
+    arguments = wholly_unescaped(arguments) if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     named = function.get("name")
     read = {given, "name"} if isinstance(named, str) else {given}
     unseen = unseen_in(

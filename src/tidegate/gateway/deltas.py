@@ -33,6 +33,7 @@ __all__ = [
     "carries_text",
     "finish_reason_of",
     "identity",
+    "is_json",
     "is_place",
     "numbers",
     "path_of",
@@ -325,6 +326,11 @@ def _take_function(function: Mapping[str, Any], slot: Slot, known: Known, parts:
         else:
             parts.unknown(name, value, kept, "".join(f"{step}." for step in slot))
     return kept
+
+
+def is_json(slot: Slot) -> bool:
+    """Whether the text that stands there is JSON: the arguments of a call, unless it is one of free text."""
+    return slot[-1] == "arguments"
 
 
 def called(slot: Slot, names: Mapping[Slot, str], texts: Mapping[Slot, str]) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.applications import Starlette
@@ -19,12 +20,14 @@ from tidegate.errors import InputError
 from tidegate.gateway.auth import Auth, KeyRing, KeySource
 from tidegate.gateway.front import Front
 from tidegate.gateway.limits import LimitOptions, Limits, LocalCounts, SharedCounts
+from tidegate.gateway.telemetry import several_workers
 from tidegate.guards.base import StreamGuard
 from tidegate.guards.remembered import DEFAULT_TTL_S, Memory, RememberedGuard
 from tidegate.store.shared import Shared
 
 __all__ = ["Entrance", "EntranceOptions"]
 
+_TELL_S: Final = 1.0
 OPENABLE: tuple[str, ...] = ("metrics", "console")
 """Doors that may be opened to those who have no key."""
 
@@ -91,7 +94,7 @@ class Entrance:
         self.limits = Limits(counts, options.limits)
         self.ring = None if options.keys is None else KeyRing(options.keys, most_age_s=options.keys_age_s)
         if self.ring is not None:
-            _tell_keys(self.ring, registry)
+            self._key_gauges = _key_gauges(self.ring, registry)
         self._memory = None
         if options.remembered:
             self._memory = Memory(
@@ -107,7 +110,7 @@ class Entrance:
     def _share(options: EntranceOptions, registry: CollectorRegistry) -> Shared | None:
         if options.redis_url is None:
             return None
-        up = Gauge("tidegate_redis_up", "1 while the Redis answers.", registry=registry)
+        up = Gauge("tidegate_redis_up", "1 while the Redis answers.", registry=registry, multiprocess_mode="livemin")
         losses = Counter("tidegate_redis_losses", "How often the Redis was lost.", registry=registry)
 
         def tell(is_up: bool) -> None:
@@ -142,6 +145,15 @@ class Entrance:
         if self.ring is not None:
             await self.ring.refresh()
             self._tasks.append(asyncio.ensure_future(self.ring.watch()))
+            if several_workers():
+                self._tasks.append(asyncio.ensure_future(self._tell_keys()))
+
+    async def _tell_keys(self) -> None:
+        """Write down what the gauges of keys are, for ever: another worker may be the one that tells them."""
+        while True:
+            for gauge, value in self._key_gauges:
+                gauge.set(value())
+            await asyncio.sleep(_TELL_S)
 
     async def close(self) -> None:
         """End all of it; safe to call twice."""
@@ -154,12 +166,18 @@ class Entrance:
             await self.shared.close()
 
 
-def _tell_keys(ring: KeyRing, registry: CollectorRegistry) -> None:
-    gauges = (
-        ("tidegate_keys", "Keys that are known, also those that are no longer good.", lambda: float(len(ring))),
-        ("tidegate_keys_up", "1 while keys can be read.", lambda: float(ring.up)),
-        ("tidegate_keys_age_seconds", "How old what is known of keys is.", lambda: ring.age_s),
-        ("tidegate_keys_most_age_seconds", "How old it may become; then nobody is let in.", lambda: ring.most_age_s),
+def _key_gauges(ring: KeyRing, registry: CollectorRegistry) -> list[tuple[Gauge, Callable[[], float]]]:
+    """What is told of keys; of several workers the one that knows least."""
+    told: tuple[tuple[str, str, Literal["livemin", "livemax"], Callable[[], float]], ...] = (
+        ("keys", "Keys that are known, also those that are no longer good.", "livemin", lambda: float(len(ring))),
+        ("keys_up", "1 while keys can be read.", "livemin", lambda: float(ring.up)),
+        ("keys_age_seconds", "How old what is known of keys is.", "livemax", lambda: ring.age_s),
+        ("keys_most_age_seconds", "How old it may become; then nobody is let in.", "livemax", lambda: ring.most_age_s),
     )
-    for name, about, value in gauges:
-        Gauge(name, about, registry=registry).set_function(value)
+    gauges = []
+    for name, about, mode, value in told:
+        gauge = Gauge(f"tidegate_{name}", about, registry=registry, multiprocess_mode=mode)
+        if not several_workers():
+            gauge.set_function(value)
+        gauges.append((gauge, value))
+    return gauges

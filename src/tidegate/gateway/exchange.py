@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -26,10 +26,12 @@ from starlette.types import Scope as AsgiScope
 
 from tidegate.errors import StoreError, TidegateError, UpstreamError
 from tidegate.gateway import sse
-from tidegate.gateway.asked import Asked, PromptText
+from tidegate.gateway.asked import Asked, PromptText, earlier_texts
 from tidegate.gateway.channels import BLOCKS, Judging
+from tidegate.gateway.history import judge_earlier
 from tidegate.gateway.redaction import is_out, masked_body, spared_of
 from tidegate.gateway.schemas import decision_field, read_body, worst_decision
+from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.gateway.upstream import KeyHeader, Upstream, UpstreamAnswer
@@ -39,7 +41,7 @@ from tidegate.policy import UNJUDGED_REQUEST, Policy, PolicySource, Retention, d
 from tidegate.settings import Continues
 from tidegate.types import Action, Conversation, Coverage, CoverageState, Decision, Scope, Target
 
-__all__ = ["Behind", "Door", "Endpoint", "Watch", "scope_of"]
+__all__ = ["Behind", "Door", "Endpoint", "Watch"]
 
 A = TypeVar("A", bound=Asked)
 T = TypeVar("T")
@@ -47,6 +49,9 @@ T = TypeVar("T")
 _log = logging.getLogger("tidegate.gateway")
 _EVENT_STREAM: Final = "text/event-stream"
 _UNJUDGED: Final = "there is text here that no guard can judge, and the policy takes no such request"
+_TELL_S: Final = 1.0
+"""Seconds that a client may take to be told that the server stops."""
+_SOON: Final = {"retry-after": "1"}
 _NO_UPSTREAM: Final = "this gateway has no upstream: start it with one"
 
 
@@ -185,6 +190,8 @@ class Behind:
         trusted: names of upstream fields that the operator says carry no text of the model.
         judge_system: whether system and developer turns are judged too.
         continues: how the upstream goes on from the beginning of an answer; see `tidegate.settings.Settings`.
+        admit: counts a request about a subject, given its tenant and its name, and raises Problem where it has to wait;
+            None lets all in.
     """
 
     guard: StreamGuard
@@ -198,25 +205,7 @@ class Behind:
     trusted: frozenset[str] = frozenset()
     judge_system: bool = False
     continues: Continues = "no"
-
-
-def scope_of(request: Request, subject: str | None = None) -> Scope:
-    """For whom a request is decided, ``subject`` by the id that the client gives that person.
-
-    ``tenant`` and ``region`` are what a middleware left in the request's state under these names.
-    """
-    return Scope(
-        tenant=_word_of(request, "tenant"),
-        region=_word_of(request, "region"),
-        route=request.url.path,
-        language=None,  # of the conversation: nobody tells it yet
-        subject=subject,
-    )
-
-
-def _word_of(request: Request, name: str) -> str | None:
-    value = getattr(request.state, name, None)
-    return value if isinstance(value, str) and value else None
+    admit: Admit | None = None
 
 
 class Endpoint(Generic[A]):
@@ -241,12 +230,15 @@ class Endpoint(Generic[A]):
                 )
             body = await read_body(request, longest=behind.longest_body)
             asked = self.door.read(body.value, judge_system=behind.judge_system)
+            scope = scope_of(request, asked.subject)
+            if behind.admit is not None:
+                await behind.admit(scope.tenant, scope.subject)
         except Problem as problem:
             return self.tell(problem)
         except RecursionError:
             return self.tell(Problem(400, "the body is nested too deep", code="invalid_json"))
         headers = {name: request.headers[name] for name in self.door.headers if name in request.headers}
-        return _Exchange(self, behind.upstream, asked, scope_of(request, asked.subject), headers, body.sent(asked.body))
+        return _Exchange(self, behind.upstream, asked, scope, headers, body.sent(asked.body))
 
     def tell(self, problem: Problem) -> JSONResponse:
         """An error in the shape of this door."""
@@ -302,9 +294,15 @@ class _Exchange(Generic[A]):
         self._answers: list[UpstreamAnswer] = []
         self._masks = self._policy.for_scope(scope, Target.PROMPT).masks and not self._policy.observe
         self._changed = asked.body
+        self._begun = False
+        self._stopping = False
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._run(scope, receive, send))
+        async def noted(message: Message) -> None:
+            self._begun = True
+            await send(message)
+
+        work = asyncio.ensure_future(self._run(scope, receive, noted))
         gone = asyncio.ensure_future(_hang_up(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -313,12 +311,17 @@ class _Exchange(Generic[A]):
         except _Stalled:
             self._behind.telemetry.stalled_clients.inc()
             _log.warning("a client stopped reading its answer, and was given up")
+        except asyncio.CancelledError:
+            self._stopping = True
+            _log.warning("an exchange was ended, because the server stops")
         finally:
             for task in (gone, work):
                 task.cancel()
             await asyncio.wait({work, gone})
             if not work.cancelled() and work.exception() is not None and not isinstance(work.exception(), _Stalled):
                 _log.debug("exchange ended early: %s", type(work.exception()).__name__)
+        if self._stopping and not self._begun:
+            await self._endpoint.tell(_stopped())(scope, receive, _patient(send, _TELL_S))
 
     async def _run(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         try:
@@ -358,7 +361,12 @@ class _Exchange(Generic[A]):
     async def _call(self, body: bytes) -> UpstreamAnswer:
         door = self._door
         return await self._upstream.send(
-            "POST", door.path, headers=self._headers, key_header=door.key_header, body=body
+            "POST",
+            door.path,
+            headers=self._headers,
+            key_header=door.key_header,
+            body=body,
+            model=self._asked.model,
         )
 
     # the prompt
@@ -390,59 +398,74 @@ class _Exchange(Generic[A]):
     async def _judge_prompt(self, call: asyncio.Future[UpstreamAnswer] | None) -> ASGIApp | None:
         """Judge what is new; returns what the client gets when that is blocked, else None."""
         asked, behind = self._asked, self._behind
-        if not asked.new:
-            self._mask_prompt(())
+        history = self._policy.history
+        earlier = earlier_texts(asked.said, history.turns) if history.judge else ()
+        if not asked.new and not earlier:
+            self._mask_prompt((), ())
             return None
-        decisions = await asyncio.gather(
-            *(
-                moderate(
-                    text.conversation,
-                    guard=behind.guard,
-                    policy=self._policy,
-                    scope=self._scope,
-                    timeout_s=behind.guard_timeout_s,
-                    coverage=(),
-                )
-                for text in asked.new
+        before = asyncio.ensure_future(
+            judge_earlier(
+                [text.conversation for text in earlier],
+                guard=behind.guard,
+                policy=self._policy,
+                scope=self._scope,
+                timeout_s=behind.guard_timeout_s,
             )
         )
-        number = worst_decision(decisions)
-        unjudged = frozenset[str]().union(
-            *(text.paths for text, one in zip(asked.new, decisions, strict=True) if one.failure is not None)
-        )
-        masked = self._mask_prompt(decisions)
+        try:
+            decisions = await asyncio.gather(
+                *(
+                    moderate(
+                        text.conversation,
+                        guard=behind.guard,
+                        policy=self._policy,
+                        scope=self._scope,
+                        timeout_s=behind.guard_timeout_s,
+                        coverage=(),
+                    )
+                    for text in asked.new
+                )
+            )
+            decisions += await before
+        finally:
+            before.cancel()
+        texts = (*asked.new, *earlier)
+        masked = self._mask_prompt(texts, decisions)
+        number = _worst(decisions, len(asked.new))
         behind.telemetry.count_failures(one for place, one in enumerate(decisions) if place != number)
-        decision = replace(decisions[number], coverage=tuple(_without(asked.coverage, unjudged)))
+        decision = replace(decisions[number], coverage=tuple(_covered(asked, earlier, texts, decisions)))
         if decision.action is Action.REDACT and not masked:
             decision = replace(decision, action=Action.BLOCK, interventions=())
         kept = self._keep_prompt(decision)
         if decision.action < BLOCKS:
             return None
         await _drop(call)
-        return self._refusal(decision, asked.new[number], await surely(_result(kept)))
+        return self._refusal(decision, texts[number], await surely(_result(kept)))
 
-    def _mask_prompt(self, decisions: Sequence[Decision]) -> bool:
+    def _mask_prompt(self, texts: Sequence[PromptText], decisions: Sequence[Decision]) -> bool:
         """Take personal data out of what goes to the upstream, where the policy says so; False when some is left."""
         if not self._masks:
             return False
         asked = self._asked
-        redacted = [text for text, one in zip(asked.new, decisions, strict=False) if one.action is Action.REDACT]
+        redacted = [text for text, one in zip(texts, decisions, strict=True) if one.action is Action.REDACT]
         taken_out = frozenset[str]().union(*(text.paths for text in redacted))
         spared = {*spared_of(asked.unseen, asked.coverage)}.union(*(text.paths for text in asked.new)) - taken_out
         self._changed, count = masked_body(asked.body, spared, taken_out)
         if count:
             self._body = _bytes_of(self._changed)
-        return not redacted or self._is_out(redacted)
+        return not redacted or self._is_out(texts, redacted)
 
-    def _is_out(self, redacted: Sequence[PromptText]) -> bool:
+    def _is_out(self, texts: Sequence[PromptText], redacted: Sequence[PromptText]) -> bool:
         """Whether nothing personal is left in these texts of the request, as the door reads it now."""
         try:
             masked = self._door.read(self._changed, judge_system=self._behind.judge_system)
         except (Problem, RecursionError):
             return False
-        if len(masked.new) != len(self._asked.new):
+        history = self._policy.history
+        left = (*masked.new, *(earlier_texts(masked.said, history.turns) if history.judge else ()))
+        if len(left) != len(texts):
             return False
-        pairs = zip(self._asked.new, masked.new, strict=True)
+        pairs = zip(texts, left, strict=True)
         return all(
             is_out(before.conversation.turns[-1], after.conversation.turns[-1])
             for before, after in pairs
@@ -519,12 +542,21 @@ class _Exchange(Generic[A]):
                 answer.close()
                 event = self._door.error_event(problem_of(error))
                 await send({"type": "http.response.body", "body": event, "more_body": True})
+            except asyncio.CancelledError:  # the client is gone, or the server stops
+                answer.close()
+                if not self._stopping:
+                    raise
             finally:
                 telemetry.held.dec(held)
                 await surely(_closed(stream))
                 telemetry.released.inc(stream.released)
         if stream.error is not None:
             self._count_error(stream.error)
+        if self._stopping:
+            event = self._door.error_event(_stopped())
+            with contextlib.suppress(_Stalled):
+                await _patient(to_client, _TELL_S)({"type": "http.response.body", "body": event, "more_body": False})
+            return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         if stream.complete:
             await answer.leave()
@@ -579,6 +611,10 @@ class _Exchange(Generic[A]):
         _log.warning("exchange failed: %s", type(error).__name__)
 
 
+def _stopped() -> Problem:
+    return Problem(503, "this gateway is being stopped: ask again", "server_error", None, "stopping", _SOON)
+
+
 async def _watched(stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes]:
     """What goes to the client of one answer of the upstream, up to its end or to where another is needed.
 
@@ -617,10 +653,31 @@ async def _next(pieces: AsyncIterator[bytes]) -> bytes:
     return await anext(pieces, b"")
 
 
-def _without(coverage: Iterable[Coverage], unjudged: frozenset[str]) -> Iterator[Coverage]:
-    """The coverage, given that the guard failed on these paths."""
-    for part in coverage:
-        yield replace(part, state=CoverageState.NOT_JUDGED) if part.path in unjudged else part
+def _worst(decisions: Sequence[Decision], new: int) -> int:
+    """Which decision counts: of the new texts, which are the first ones, unless an earlier turn calls for more."""
+    worst = worst_decision(decisions)
+    if worst < new or not new:
+        return worst
+    of_new = worst_decision(decisions[:new])
+    return worst if decisions[worst].action > decisions[of_new].action else of_new
+
+
+def _covered(
+    asked: Asked, earlier: Sequence[PromptText], texts: Sequence[PromptText], decisions: Sequence[Decision]
+) -> Iterator[Coverage]:
+    """The coverage of a request, given what was decided of its texts, the earlier ones included."""
+    failed = frozenset[str]().union(
+        *(text.paths for text, one in zip(texts, decisions, strict=True) if one.failure is not None)
+    )
+    judged = frozenset[str]().union(*(text.paths for text in earlier))
+    unseen = frozenset(asked.unseen)
+    for part in asked.coverage:
+        if part.path in failed:
+            yield replace(part, state=CoverageState.NOT_JUDGED)
+        elif part.path in judged and part not in unseen:
+            yield replace(part, state=CoverageState.JUDGED)
+        else:
+            yield part
 
 
 def _patient(send: Send, timeout_s: float | None) -> Send:

@@ -17,11 +17,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Final, NoReturn, TypeVar
 
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from tidegate.errors import InputError, StoreError
+from tidegate.gateway.history import judge_earlier
 from tidegate.gateway.schemas import decision_field, mended, read_json
+from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.guards.base import StreamGuard
@@ -32,6 +34,7 @@ from tidegate.types import (
     Action,
     Channel,
     Conversation,
+    CoverageState,
     Decision,
     GuardFailure,
     Role,
@@ -52,7 +55,6 @@ __all__ = [
     "failure_field",
     "mask_field",
     "reported",
-    "scope_of",
     "token_field",
 ]
 
@@ -185,12 +187,6 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def scope_of(connection: HTTPConnection) -> Scope:
-    """For whom a request is, as far as the server knows: its route, and what its key stands for, if it has one."""
-    state = connection.scope.get("state") or {}
-    return Scope(tenant=state.get("tenant"), region=state.get("region"), route=connection.url.path)
-
-
 # --- what is told -------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +279,7 @@ class GuardDoor:
         telemetry: counts.
         longest_body: the most bytes of a request.
         guard_timeout_s: seconds that the guard may take for each text; None for as long as it wants.
+        admit: as in `tidegate.gateway.exchange.Behind`.
     """
 
     def __init__(
@@ -294,9 +291,11 @@ class GuardDoor:
         telemetry: Telemetry,
         longest_body: int,
         guard_timeout_s: float | None,
+        admit: Admit | None = None,
     ) -> None:
         self._guard = guard
         self._policy = policy
+        self._admit = admit
         self._keep = Keeping(keep, telemetry)
         self._longest_body = longest_body
         self._guard_timeout_s = guard_timeout_s
@@ -322,10 +321,12 @@ class GuardDoor:
                 )  # fmt: skip
             conversation = Conversation(Reading.turns(body["turns"]))
             _check_tokens(conversation, "turns", tokens=tokens)
+            await self._let_in([base])
             return JSONResponse(await self._result(conversation, policy, base, tokens=tokens))
         if "turns" in body:
             _refuse("expected either turns or conversations, got both", "conversations")
         read = _conversations(body["conversations"], base, tokens=tokens)
+        await self._let_in([scope for _, scope in read])
         work = [asyncio.ensure_future(self._result(*one, tokens=tokens)) for one in ((c, policy, s) for c, s in read)]
         try:
             return JSONResponse({"results": await asyncio.gather(*work)})
@@ -333,19 +334,46 @@ class GuardDoor:
             for each in work:
                 each.cancel()
 
+    async def _let_in(self, scopes: Sequence[Scope]) -> None:
+        """Count a request about each subject once. Raises Problem when one of them has to wait."""
+        if self._admit is not None:
+            for scope in {scope.subject: scope for scope in scopes}.values():
+                await self._admit(scope.tenant, scope.subject)
+
     async def _result(
         self, conversation: Conversation, policy: Policy, scope: Scope, *, tokens: bool
     ) -> dict[str, Any]:
         here = policy.at(scope)
-        decision = await moderate(
-            conversation, guard=self._guard, policy=policy, scope=scope, timeout_s=self._guard_timeout_s
+        decision, earlier = await asyncio.gather(
+            moderate(conversation, guard=self._guard, policy=policy, scope=scope, timeout_s=self._guard_timeout_s),
+            self._earlier(conversation, here, scope),
         )
+        turn, decision = _with_earlier(len(conversation.turns) - 1, decision, earlier)
         identity = await self._keep(decision, conversation, conversation.target.value, here.retention)
-        told = reported(decision, here, identity) | {"masks": list(_masks(decision, conversation))}
+        told = reported(decision, here, identity) | {"turn": turn, "masks": list(_masks(decision, conversation))}
         if not tokens:
             return told
         texts = _written(conversation.turns[-1], len(conversation.turns) - 1)
         return told | {"tokens": [await self._tokens(conversation, *text, here, scope) for text in texts]}
+
+    async def _earlier(self, conversation: Conversation, policy: Policy, scope: Scope) -> dict[int, Decision]:
+        """What earlier turns mean now, by their places, where the policy says that they are judged."""
+        if not policy.history.judge:
+            return {}
+        turns = conversation.turns
+        places = [
+            place
+            for place, turn in enumerate(turns[:-1])
+            if turn.role is not Role.SYSTEM and (turn.content or turn.reasoning or turn.tool_calls)
+        ][-policy.history.turns :]
+        decisions = await judge_earlier(
+            [Conversation(turns[: place + 1]) for place in places],
+            guard=self._guard,
+            policy=policy,
+            scope=scope,
+            timeout_s=self._guard_timeout_s,
+        )
+        return dict(zip(places, decisions, strict=True))
 
     async def _tokens(
         self, conversation: Conversation, path: str, channel: Channel, text: str, about: dict[str, str],
@@ -373,6 +401,23 @@ class GuardDoor:
             "tokens": [token_field(token) for step in steps for token in step.tokens],
             "failure": failure_field(moderator.failure),
         }
+
+
+def _with_earlier(last: int, decision: Decision, earlier: Mapping[int, Decision]) -> tuple[int, Decision]:
+    """The decision that counts and the turn that it is about: the last one, unless an earlier one calls for more."""
+    judged = {place for place, one in earlier.items() if one.failure is None}
+    coverage = tuple(
+        replace(part, state=CoverageState.JUDGED) if _place_of(part.path) in judged else part
+        for part in decision.coverage
+    )
+    worst = max(earlier, key=lambda place: earlier[place].action, default=last)
+    if worst != last and earlier[worst].action > decision.action:
+        return worst, replace(earlier[worst], coverage=coverage)
+    return last, replace(decision, coverage=coverage)
+
+
+def _place_of(path: str) -> int:
+    return int(path[len("turns[") : path.index("]")])
 
 
 def _conversations(value: Any, base: Scope, *, tokens: bool) -> list[tuple[Conversation, Scope]]:

@@ -33,8 +33,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from tidegate.errors import InputError, SessionClosed, StoreError
 from tidegate.gateway.channels import BLOCKS
 from tidegate.gateway.draining import told_to_stop
-from tidegate.gateway.guard import Keeping, failure_field, mask_field, reported, scope_of, token_field
+from tidegate.gateway.guard import Keeping, failure_field, mask_field, reported, token_field
 from tidegate.gateway.live_frames import PROTOCOL, Close, Finish, Frame, Ids, Open, Text, Unreadable, read_frame
+from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.guards.base import IdGuard, StreamGuard
@@ -102,6 +103,7 @@ class Live:
         limits: what a client is held to.
         guard_timeout_s: seconds that the guard may take for each step; None for as long as it wants.
         client_timeout_s: seconds that a client may take nothing of what is sent; None for as long as it wants.
+        admit: as in `tidegate.gateway.exchange.Behind`.
 
     Attributes:
         streams: how many streams are open, over all connections.
@@ -118,10 +120,12 @@ class Live:
         limits: LiveLimits,
         guard_timeout_s: float | None,
         client_timeout_s: float | None,
+        admit: Admit | None = None,
     ) -> None:
         self.guard = guard
         self.policy = policy
         self.keep = Keeping(keep, telemetry)
+        self.admit = admit
         self.telemetry = telemetry
         self.limits = limits
         self.guard_timeout_s = guard_timeout_s
@@ -158,6 +162,10 @@ class Live:
             return Problem(503, "the server is going away", "server_error", code="going_away")
         if self.connections >= self.limits.connections:
             return Problem(503, "there are too many connections", "server_error", code="too_many_connections")
+        try:
+            scope_of(websocket)
+        except Problem as problem:
+            return problem
         return None
 
 
@@ -316,6 +324,12 @@ class _Connection:
         elif self.door.streams >= limits.all_streams:
             await self._refuse(frame.stream, "too_many_streams", "the server has too many streams open already")
         else:
+            try:
+                if self.door.admit is not None:
+                    await self.door.admit(frame.scope.tenant, frame.scope.subject)
+            except Problem as problem:
+                await self._refuse(frame.stream, problem.code or "", problem.message)
+                return
             self._streams[frame.stream] = stream = _Stream(self, frame)
             stream.start()
 

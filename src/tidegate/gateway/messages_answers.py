@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any, Final
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, as_found, due_of, of_stream, of_whole
+from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, as_found, due_of, judge_text, of_stream, of_whole
 from tidegate.gateway.deltas import Parts, is_place, without_text
 from tidegate.gateway.messages_blocks import (
     FLOWS,
@@ -44,10 +44,9 @@ from tidegate.gateway.messages_blocks import (
 )
 from tidegate.gateway.schemas import decision_field, is_name, json_of, mended, undecided_field
 from tidegate.gateway.sse import EventReader, event
-from tidegate.gateway.statuses import Problem
+from tidegate.gateway.statuses import ANTHROPIC_KINDS, Problem
 from tidegate.gateway.unescaped import unescaped
-from tidegate.guards.session import assistant_turn
-from tidegate.moderate import Retry, ending_of, moderate
+from tidegate.moderate import Retry, ending_of
 from tidegate.personal import mask
 from tidegate.types import (
     Action,
@@ -67,19 +66,6 @@ __all__ = ["MessageStream", "error_body", "judge_message", "named_event", "refus
 _DELTAS: Final = {"text_delta": ("text", "text"), "thinking_delta": ("thinking", "thinking")}
 """The deltas that carry text that flows: the type of their blocks, and the field of the text."""
 
-_ERRORS: Final = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-    529: "overloaded_error",
-}
-
 
 def named_event(content: Mapping[str, Any]) -> bytes:
     """One event under the name that its ``type`` says."""
@@ -90,15 +76,13 @@ def _reported(body: Mapping[str, Any]) -> UpstreamError:
     """The upstream's own error in the middle of a stream; of what it says, only the kind is told."""
     error = body.get("error")
     kind = error.get("type") if isinstance(error, dict) else None
-    status = next((status for status, name in _ERRORS.items() if name == kind and status != 503), 500)
+    status = next((status for status, name in ANTHROPIC_KINDS.items() if name == kind and status != 503), 500)
     return UpstreamError("the upstream reported an error in the middle of its answer", status=status)
 
 
 def error_body(problem: Problem) -> dict[str, Any]:
-    """An error in Anthropic's shape, whose kind follows the status; the place stands before the message."""
-    kind = _ERRORS.get(problem.status) or ("invalid_request_error" if problem.status < 500 else "api_error")
-    message = f"{problem.param}: {problem.message}" if problem.param else problem.message
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    """An error in Anthropic's shape."""
+    return problem.anthropic_body
 
 
 def stopped_by(message: str) -> dict[str, Any]:
@@ -931,13 +915,6 @@ class _Found:
         return await asyncio.gather(*map(self._judge, self.texts))
 
     async def _judge(self, text: _Text) -> Decision:
-        judging = self._judging
-        decision = await moderate(
-            judging.prompt.then(assistant_turn(text.text, text.channel, name=text.name)),
-            guard=judging.guard,
-            policy=judging.policy,
-            scope=judging.scope,
-            timeout_s=judging.timeout_s,
-            coverage=tuple(text.flow.coverage([Coverage("", text.channel, CoverageState.JUDGED, len(text.text))])),
-        )
-        return as_found(decision, text.text)
+        thought = "" if "thinking" not in self._flows else self._flows["thinking"].text
+        decision = await judge_text(self._judging, text.channel, "", text.text, reasoning=thought, name=text.name)
+        return replace(as_found(decision, text.text), coverage=tuple(text.flow.coverage(decision.coverage)))

@@ -16,6 +16,7 @@ from typing import Any, Final
 from tidegate.gateway.asked import Asked, Beside, Said, prompt_of
 from tidegate.gateway.fields import flag_of, model_of, strings_in, unseen_in
 from tidegate.gateway.schemas import is_name, kind_of, refuse, weight_of
+from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.types import Channel, Coverage, CoverageState, Role, ToolCall, Turn
 
 __all__ = ["CALLS", "DATA", "PLAIN", "SERVER_TOOLS", "MessagesRequest", "is_data", "is_plain", "read_messages"]
@@ -247,6 +248,8 @@ def _turns(
         at = [one.block for one in run if one.block is not None]
         whole = len(run) == len(found)
         contents = [text for one in run for text in one.content]
+        if said_by is Role.TOOL:
+            contents = [wholly_unescaped(text) for text in contents]
         yield Said(
             Turn(
                 said_by,

@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 
 from tidegate.errors import UpstreamError
 from tidegate.gateway.deltas import MODEL_FIELDS, Parts, without_text
-from tidegate.gateway.exchange import scope_of
 from tidegate.gateway.fields import OPENAI_HEADERS
+from tidegate.gateway.scopes import scope_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.gateway.upstream import Upstream

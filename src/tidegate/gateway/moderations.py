@@ -24,8 +24,8 @@ from starlette.responses import JSONResponse
 
 from tidegate.errors import StoreError
 from tidegate.gateway.channels import BLOCKS
-from tidegate.gateway.exchange import scope_of
 from tidegate.gateway.schemas import decision_field, mended, read_json
+from tidegate.gateway.scopes import scope_of
 from tidegate.gateway.statuses import Problem, problem_of_failure
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.guards.base import StreamGuard

@@ -11,23 +11,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tidegate.gateway.statuses import Problem
 
-__all__ = ["refuse", "with_headers"]
+__all__ = ["error_body", "refuse", "with_headers"]
 
-_ANTHROPIC_TYPES: Final = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 _POLICY_VIOLATION: Final = 1008
 
 
 async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request, or the wish for a WebSocket, with an error."""
-    body = _body(problem, scope["path"])
+    body = error_body(problem, scope["path"])
     if scope["type"] == "http":
         await JSONResponse(body, problem.status, dict(problem.headers))(scope, receive, send)
         return
@@ -42,11 +33,10 @@ async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -
     await send({"type": "websocket.http.response.body", "body": data})
 
 
-def _body(problem: Problem, path: str) -> dict[str, Any]:
-    if path == "/v1/messages" or path.startswith("/v1/messages/"):
-        kind = _ANTHROPIC_TYPES.get(problem.status, "api_error")
-        return {"type": "error", "error": {"type": kind, "message": problem.message}}
-    return problem.body
+def error_body(problem: Problem, path: str) -> dict[str, Any]:
+    """An error in the shape of the protocol that is spoken at a path: Anthropic's or OpenAI's."""
+    anthropic = path == "/v1/messages" or path.startswith("/v1/messages/")
+    return problem.anthropic_body if anthropic else problem.body
 
 
 def with_headers(send: Send, headers: Mapping[str, str]) -> Send:

@@ -8,6 +8,7 @@ What leaves of a stream, and what does not:
   leave in the order in which they came; one with a delta leaves with as much of its text as was released.
 - An event that repeats a whole text (``.done``, an item, a part, the response) leaves when that text is judged to its
   end. What it says beyond the deltas is judged with them; what it says otherwise is judged as a text of its own.
+- Letters that are written as escapes in the arguments of a call are judged, and leave, as themselves.
 - A text ends with its ``done`` event, or that of its part or item, or with the response. It does not go on after that.
 - The response objects in events say of the request what the client itself said, and nothing of the upstream's words.
 - What the guard cannot see does not pass: log probabilities, images, encrypted reasoning, unknown fields and events
@@ -30,8 +31,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, as_found, due_of, of_stream, of_whole
-from tidegate.gateway.deltas import OUR_FIELD, Slot, carries_text, is_place
+from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, as_found, due_of, judge_text, of_stream, of_whole
+from tidegate.gateway.deltas import OUR_FIELD, Slot, carries_text, is_json, is_place
 from tidegate.gateway.responses_parts import (
     Found,
     Taken,
@@ -46,8 +47,8 @@ from tidegate.gateway.responses_shown import STREAMED, Shown, Streamed, events_o
 from tidegate.gateway.schemas import decision_field, is_name, json_of, mended, undecided_field
 from tidegate.gateway.sse import EventReader, event
 from tidegate.gateway.statuses import Problem
-from tidegate.guards.session import assistant_turn
-from tidegate.moderate import Retry, ending_of, moderate
+from tidegate.gateway.unescaped import unescaped, wholly_unescaped
+from tidegate.moderate import Retry, ending_of
 from tidegate.personal import mask
 from tidegate.types import Action, Channel, Coverage, CoverageState, Decision, InterventionKind
 
@@ -153,10 +154,11 @@ class _Text:
         blocked: whether the policy stopped it.
     """
 
-    __slots__ = ("_half", "_pieces", "blocked", "channel", "ended")
+    __slots__ = ("_escape", "_half", "_pieces", "blocked", "channel", "ended")
 
     def __init__(self, channel: TextChannel) -> None:
         self.channel = channel
+        self._escape = ""
         self.ended = False
         self.blocked = False
         self._half = ""
@@ -181,7 +183,9 @@ class _Text:
         return self.blocked
 
     def add(self, delta: str) -> str:
-        """Take a delta; returns it as it will go out."""
+        """Take a delta; returns it as it will go out: in arguments of calls, letters as themselves."""
+        if is_json(self.channel.slot):
+            delta, self._escape = unescaped(self._escape + delta)
         text, self._half = self._half + delta, ""
         if text and "\ud800" <= text[-1] <= "\udbff":
             text, self._half = text[:-1], text[-1]
@@ -467,7 +471,8 @@ class ResponseStream:
             return
         kept[name] = ""
         if text:
-            taken.texts.append(Found((name,), streamed.channel, mended(text), mended(text)))
+            text = wholly_unescaped(text) if is_json((name,)) else mended(text)
+            taken.texts.append(Found((name,), streamed.channel, text, text))
         places = _Places((), place[:1], {(name,): place})
         if end == "added":
             await self._wait_for_beginning(kind, kept, taken, places)
@@ -754,7 +759,8 @@ async def judge_response(
         return {**response, OUR_FIELD: undecided_field(judging.policy, unseen)}, None
     names = {one.slot[:2]: one.text for one in taken.texts if one.slot[-1] == "name"}
     names |= {("output", place): item["name"] for place, item in enumerate(response["output"]) if item.get("name")}
-    work = (_judge_text(one, names.get(one.slot[:2], ""), judging) for one in taken.texts)
+    thought = "\n".join(one.text for one in taken.texts if one.channel is Channel.REASONING)
+    work = (_judge(one, names.get(one.slot[:2], ""), thought, judging) for one in taken.texts)
     decided = await asyncio.gather(*work)
     if not any(one.action >= BLOCKS for one in decided):
         decided += refused
@@ -778,14 +784,7 @@ async def judge_response(
     return response, decision
 
 
-async def _judge_text(one: Found, name: str, judging: Judging) -> Decision:
+async def _judge(one: Found, name: str, thought: str, judging: Judging) -> Decision:
     called = name if one.channel is Channel.TOOL_CALL and one.slot[-1] != "name" else ""
-    decision = await moderate(
-        judging.prompt.then(assistant_turn(one.text, one.channel, name=called)),
-        guard=judging.guard,
-        policy=judging.policy,
-        scope=judging.scope,
-        timeout_s=judging.timeout_s,
-        coverage=(Coverage(path_of(one.slot), one.channel, CoverageState.JUDGED, len(one.text)),),
-    )
-    return as_found(decision, one.text)
+    said = await judge_text(judging, one.channel, path_of(one.slot), one.text, reasoning=thought, name=called)
+    return as_found(said, one.text)

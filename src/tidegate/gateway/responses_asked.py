@@ -22,6 +22,7 @@ from tidegate.gateway.fields import (
     unseen_in,
 )
 from tidegate.gateway.schemas import is_name, kind_of, refuse, weight_of
+from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.types import Channel, Coverage, CoverageState, Role, ToolCall, Turn
 
 __all__ = ["read_responses"]
@@ -318,7 +319,7 @@ def _call(kind: str, item: Mapping[str, Any], path: str, tools: frozenset[str]) 
             for said in _said_in(Role.ASSISTANT, field, value, path):
                 unseen += said.unseen
                 if said.turn.content:
-                    calls.append((said.path, said.turn.content))
+                    calls.append((said.path, wholly_unescaped(said.turn.content)))
     called = name if isinstance(name, str) else kind
     turn = Turn(Role.ASSISTANT, tool_calls=tuple(ToolCall(called, text) for _, text in calls))
     paths = tuple(where for where, _ in calls)
@@ -345,6 +346,8 @@ def _field(role: Role, value: Any, path: str) -> Said:
     """A value of any shape as a turn: its texts, and how much of it nobody can see."""
     texts: list[str] = []
     count = _gather(value, texts)
+    if role is Role.TOOL:
+        texts = [wholly_unescaped(text) for text in texts]
     glued = "".join(texts) if len(texts) > 1 else None
     return Said(Turn(role, "\n".join(texts)), path, glued=glued, unseen=_uncovered(role, path, count))
 

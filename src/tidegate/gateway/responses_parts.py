@@ -26,10 +26,12 @@ from tidegate.gateway.deltas import (
     Parts,
     Slot,
     identity,
+    is_json,
     numbers,
     word,
 )
 from tidegate.gateway.schemas import is_name, mended
+from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.types import Channel, Role, ToolCall, Turn
 
 __all__ = ["Found", "Taken", "fill", "path_of", "take", "take_response", "turn_of", "value_of"]
@@ -241,7 +243,7 @@ def _take_text(slot: Slot, channel: Channel, text: str, taken: Taken, prefix: st
 
 def _note(slot: Slot, channel: Channel, value: Any, taken: Taken) -> str:
     if isinstance(value, str):
-        value = text = mended(value)
+        value = text = wholly_unescaped(value) if is_json(slot) else mended(value)
     else:
         text = mended(json.dumps(value, ensure_ascii=False))
     if text:

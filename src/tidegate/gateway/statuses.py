@@ -1,4 +1,4 @@
-"""Which error has which HTTP status, and how it looks: OpenAI's error shape, in one table."""
+"""Which error has which HTTP status, and how it looks: in OpenAI's shape and in Anthropic's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,21 @@ from tidegate.errors import (
 )
 from tidegate.types import GuardFailure
 
-__all__ = ["Problem", "problem_of", "problem_of_failure"]
+__all__ = ["ANTHROPIC_KINDS", "Problem", "problem_of", "problem_of_failure"]
+
+ANTHROPIC_KINDS: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+"""Anthropic's kind of error for a status; every other one is an invalid request, or from 500 on an ``api_error``."""
 
 
 @dataclass(eq=False)
@@ -46,6 +60,13 @@ class Problem(Exception):
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's shape."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The error in Anthropic's shape; the place stands before the message."""
+        kind = ANTHROPIC_KINDS.get(self.status) or ("invalid_request_error" if self.status < 500 else "api_error")
+        message = f"{self.param}: {self.message}" if self.param else self.message
+        return {"type": "error", "error": {"type": kind, "message": message}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, dict(self.headers))

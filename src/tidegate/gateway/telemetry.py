@@ -1,31 +1,54 @@
-"""What is counted and timed, for Prometheus. A registry of its own for each app; no label ever carries user text."""
+"""What is counted and timed, for Prometheus. A registry of its own for each app; no label ever carries user text.
+
+With several workers, each writes its numbers to files, and any of them tells the sum: prometheus_client's multiprocess
+mode, which is on where ``PROMETHEUS_MULTIPROC_DIR`` is set when it is first imported. There a gauge is the sum or the
+highest value of the workers that live.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import cast, get_args
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, cast, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
-from tidegate.guards.base import IdGuard, IdSession, IdText, Session, StreamGuard
+from tidegate.guards.around import GuardAround
+from tidegate.guards.base import IdSession, Session, StreamGuard
 from tidegate.guards.breaker import State
 from tidegate.guards.terms import Terms, on_terms
 from tidegate.policy import UNJUDGED_ANSWER, UNJUDGED_REQUEST, Policy
 from tidegate.types import Channel, Conversation, Decision, InterventionKind, TokenVerdict, Verdict
 
-__all__ = ["CONTENT_TYPE", "Telemetry", "TimedGuard"]
+if TYPE_CHECKING:
+    from tidegate.gateway.tracing import StreamSpan, Tracing
+
+__all__ = ["CONTENT_TYPE", "Telemetry", "TimedGuard", "several_workers"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-class Telemetry:
-    """The metrics of one gateway."""
+def several_workers() -> bool:
+    """Whether numbers are told of several workers together; then gauges that are functions are not told."""
+    return bool(os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
 
-    def __init__(self) -> None:
+
+class Telemetry:
+    """The metrics of one gateway.
+
+    Args:
+        tracing: is told of decisions and of what the guard does; None for no traces.
+    """
+
+    def __init__(self, tracing: Tracing | None = None) -> None:
+        self.tracing = tracing
+        self._shared = os.environ["PROMETHEUS_MULTIPROC_DIR"] if several_workers() else None
+        self._policy: tuple[str, str] | None = None
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "tidegate_requests", "Requests that were answered.", ("route", "status"), registry=self.registry
@@ -48,17 +71,44 @@ class Telemetry:
             ("kind",),
             registry=self.registry,
         )
+        self.advice = Counter(
+            "tidegate_advice", "What policies advised beside their actions.", ("advice",), registry=self.registry
+        )
+        self.throttled = Counter(
+            "tidegate_throttled", "How often a subject was told to slow down.", registry=self.registry
+        )
+        self.webhook_posts = Counter(
+            "tidegate_webhook_posts",
+            "Posts to webhooks, by what became of them.",
+            ("webhook", "outcome"),
+            registry=self.registry,
+        )
+        self.webhook_deliveries = Gauge(
+            "tidegate_webhook_deliveries",
+            "Deliveries in the outbox: those that wait, and those that were given up.",
+            ("webhook", "state"),
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
         self.circuit = Gauge(
             "tidegate_guard_circuit",
             "1 for the state that the guard's circuit breaker is in.",
             ("state",),
             registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.policy_info = Gauge(
-            "tidegate_policy_info", "1 for the policy in force.", ("name", "version"), registry=self.registry
+            "tidegate_policy_info",
+            "1 for the policy in force.",
+            ("name", "version"),
+            registry=self.registry,
+            multiprocess_mode="livemax",
         )
         self.policy_stale = Gauge(
-            "tidegate_policy_stale", "1 while the policy file cannot be used as it is.", registry=self.registry
+            "tidegate_policy_stale",
+            "1 while the policy file cannot be used as it is.",
+            registry=self.registry,
+            multiprocess_mode="livemax",
         )
         self.policy_changes = Counter(
             "tidegate_policy_changes", "What became of changed policy files.", ("outcome",), registry=self.registry
@@ -78,9 +128,14 @@ class Telemetry:
         )
         self.judge_seconds = guard_seconds.labels("judge")
         self.step_seconds = guard_seconds.labels("step")
-        self.open_streams = Gauge("tidegate_open_streams", "Answers that stream now.", registry=self.registry)
+        self.open_streams = Gauge(
+            "tidegate_open_streams", "Answers that stream now.", registry=self.registry, multiprocess_mode="livesum"
+        )
         self.held = Gauge(
-            "tidegate_held_characters", "Characters of streaming answers that are held now.", registry=self.registry
+            "tidegate_held_characters",
+            "Characters of streaming answers that are held now.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self.released = Counter(
             "tidegate_released_characters", "Characters of streamed answers that were let out.", registry=self.registry
@@ -109,7 +164,11 @@ class Telemetry:
 
     def count(self, decision: Decision, target: str) -> None:
         """Count one decision about a ``prompt``, a ``response`` or a ``moderation``."""
+        if self.tracing is not None:
+            self.tracing.decision(decision, target)
         self.decisions.labels(target, decision.action.word).inc()
+        for advice in decision.advice:
+            self.advice.labels(advice.value).inc()
         if decision.observed is not None:
             self.observed.labels(target, decision.action.word, decision.observed.action.word).inc()
         if decision.failure is not None and decision.failure not in (UNJUDGED_REQUEST, UNJUDGED_ANSWER):
@@ -126,6 +185,15 @@ class Telemetry:
             if decision.failure is not None:
                 self.failures.labels(decision.failure.kind).inc()
 
+    def tell_webhook(self, name: str, outcome: str) -> None:
+        """A webhook was posted to."""
+        self.webhook_posts.labels(name, outcome).inc()
+
+    def tell_outbox(self, name: str, waiting: int, dead: int) -> None:
+        """So many deliveries to a webhook lie in the outbox now."""
+        self.webhook_deliveries.labels(name, "waiting").set(waiting)
+        self.webhook_deliveries.labels(name, "dead").set(dead)
+
     def tell_circuit(self, state: State) -> None:
         """The circuit breaker is in this state now."""
         for other in get_args(State):
@@ -133,7 +201,11 @@ class Telemetry:
 
     def tell_policy(self, policy: Policy, *, stale: bool) -> None:
         """This policy is in force now; stale when its file says something else, that cannot be used."""
-        self.policy_info.clear()
+        if self._policy is not None and self._shared is None:
+            self.policy_info.remove(*self._policy)
+        elif self._policy is not None:
+            self.policy_info.labels(*self._policy).set(0)
+        self._policy = (policy.name, policy.version)
         self.policy_info.labels(policy.name, policy.version).set(1)
         self.policy_stale.set(stale)
 
@@ -147,76 +219,75 @@ class Telemetry:
             self.open_streams.dec()
 
     def page(self) -> bytes:
-        """All of it in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """All of it in Prometheus' text format; of all workers together."""
+        if self._shared is None:
+            return generate_latest(self.registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, self._shared)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
 
-class TimedGuard:
-    """The same guard, with its time taken."""
+class TimedGuard(GuardAround):
+    """The same guard, with its time taken, and with spans where there are traces."""
 
     def __init__(self, guard: StreamGuard, telemetry: Telemetry) -> None:
-        self._guard = guard
+        super().__init__(guard)
         self._telemetry = telemetry
 
-    @property
-    def name(self) -> str:
-        return self._guard.name
-
     async def judge(self, conversation: Conversation) -> Verdict:
+        tracing = self._telemetry.tracing
         begun = time.perf_counter()
         try:
-            return await self._guard.judge(conversation)
+            with nullcontext() if tracing is None else tracing.judging(self.name):
+                return await self.guard.judge(conversation)
         finally:
             self._telemetry.judge_seconds.observe(time.perf_counter() - begun)
 
     def open(
         self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
     ) -> Session:
-        return _TimedSession(self._guard.open(context, channel, reasoning=reasoning, name=name), self._telemetry)
-
-    @property
-    def takes_ids(self) -> bool:
-        return isinstance(self._guard, IdGuard) and self._guard.takes_ids
-
-    async def id_text(self) -> IdText:
-        assert isinstance(self._guard, IdGuard), "only asked where ids are taken"
-        return await self._guard.id_text()
+        return _TimedSession(
+            self.guard.open(context, channel, reasoning=reasoning, name=name),
+            self._telemetry,
+            None if self._telemetry.tracing is None else self._telemetry.tracing.watching(self.name, channel),
+        )
 
     def on_terms(self, terms: Terms) -> TimedGuard:
-        return TimedGuard(on_terms(self._guard, terms), self._telemetry)
-
-    async def close(self) -> None:
-        await self._guard.close()
+        return TimedGuard(on_terms(self.guard, terms), self._telemetry)
 
 
 class _TimedSession:
-    __slots__ = ("_session", "_telemetry")
+    __slots__ = ("_session", "_span", "_telemetry")
 
-    def __init__(self, session: Session, telemetry: Telemetry) -> None:
+    def __init__(self, session: Session, telemetry: Telemetry, span: StreamSpan | None = None) -> None:
         self._session = session
         self._telemetry = telemetry
+        self._span = span
 
     async def feed(self, text: str) -> tuple[TokenVerdict, ...]:
-        begun = time.perf_counter()
-        try:
-            return await self._session.feed(text)
-        finally:
-            self._telemetry.step_seconds.observe(time.perf_counter() - begun)
+        return await self._timed(self._session.feed(text))
 
     async def feed_ids(self, ids: Sequence[int]) -> tuple[TokenVerdict, ...]:
-        begun = time.perf_counter()
-        session = cast(IdSession, self._session)
-        try:
-            return await session.feed_ids(ids)
-        finally:
-            self._telemetry.step_seconds.observe(time.perf_counter() - begun)
+        return await self._timed(cast(IdSession, self._session).feed_ids(ids))
 
     async def finish(self) -> tuple[TokenVerdict, ...]:
+        return await self._timed(self._session.finish())
+
+    async def _timed(self, step: Awaitable[tuple[TokenVerdict, ...]]) -> tuple[TokenVerdict, ...]:
         begun = time.perf_counter()
         try:
-            return await self._session.finish()
+            tokens = await step
+            if self._span is not None:
+                self._span.stepped(len(tokens))
+            return tokens
+        except BaseException as error:
+            if self._span is not None:
+                self._span.fail(error)
+            raise
         finally:
             self._telemetry.step_seconds.observe(time.perf_counter() - begun)
 
     def close(self) -> None:
+        if self._span is not None:
+            self._span.end()
         self._session.close()

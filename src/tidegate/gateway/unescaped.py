@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["unescaped"]
+from tidegate.gateway.schemas import mended
+
+__all__ = ["unescaped", "wholly_unescaped"]
 
 _COMPLETE: Final = re.compile(r"(?:[^\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*", re.DOTALL)
 _BEGUN: Final = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
@@ -35,6 +37,13 @@ def unescaped(text: str) -> tuple[str, str]:
         done.append(text[:2])  # an escape that there is not
         text = text[2:]
     return "".join(done), ""
+
+
+def wholly_unescaped(text: str) -> str:
+    """The same of a text to which nothing comes any more: an escape that is not complete at its end stays as it is, and
+    halves of surrogate pairs are joined, or replaced."""
+    done, rest = unescaped(text)
+    return mended(done + rest)
 
 
 def _letter(escape: re.Match[str]) -> str:

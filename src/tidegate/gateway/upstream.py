@@ -13,7 +13,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import aiohttp
 
@@ -21,6 +21,9 @@ from tidegate import __version__
 from tidegate.errors import InputError, UpstreamError
 from tidegate.gateway.schemas import json_of, mended
 from tidegate.gateway.statuses import Problem
+
+if TYPE_CHECKING:
+    from tidegate.gateway.tracing import Tracing, UpstreamSpan
 
 __all__ = ["KeyHeader", "Upstream", "UpstreamAnswer", "base_of"]
 
@@ -76,10 +79,13 @@ def base_of(url: str) -> str:
 class UpstreamAnswer:
     """A response of the upstream whose status and headers are here, and whose body is still to be read."""
 
-    def __init__(self, response: aiohttp.ClientResponse, longest: int, *, quota: bool = False) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, longest: int, *, quota: bool = False, span: UpstreamSpan | None = None
+    ) -> None:
         self._response = response
         self._longest = longest
         self._quota = quota
+        self._span = span
 
     @property
     def status(self) -> int:
@@ -104,7 +110,7 @@ class UpstreamAnswer:
         Raises:
             UpstreamError: when it breaks off or falls silent.
         """
-        with _translated():
+        with _translated(self._span):
             async for piece in self._response.content.iter_any():
                 yield piece
 
@@ -144,6 +150,8 @@ class UpstreamAnswer:
     def close(self) -> None:
         """Break off at once; the upstream sees that nobody listens any more."""
         self._response.close()
+        if self._span is not None:
+            self._span.end()
 
     async def leave(self) -> None:
         """All that matters was read: read the little that may follow, so that the connection can serve others.
@@ -194,6 +202,7 @@ class Upstream:
         connect_timeout_s: seconds until a connection stands, greater than 0.
         silence_timeout_s: seconds that the upstream may say nothing, before its answer and in it, greater than 0.
         longest_answer: the most bytes of an answer that does not stream.
+        tracing: makes a span of each call, and names it to the upstream; None for no traces.
     """
 
     def __init__(
@@ -204,11 +213,13 @@ class Upstream:
         connect_timeout_s: float = 10.0,
         silence_timeout_s: float = 300.0,
         longest_answer: int = 32 * 1024 * 1024,
+        tracing: Tracing | None = None,
     ) -> None:
         self._base = base_of(url)
         self._key = key
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=silence_timeout_s)
         self._longest = longest_answer
+        self._tracing = tracing
         self._client: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
@@ -249,6 +260,7 @@ class Upstream:
         headers: Mapping[str, str] = _NO_HEADERS,
         key_header: KeyHeader = "authorization",
         body: bytes | None = None,
+        model: str | None = None,
     ) -> UpstreamAnswer:
         """Send a request, and wait for the status. Whoever gets the answer closes it.
 
@@ -258,6 +270,7 @@ class Upstream:
             headers: of the client that go on, in lower case. Keys among them do not, where the gateway has its own.
             key_header: where that own key stands.
             body: as it is sent.
+            model: the model that is asked for, for traces; None when there is none.
 
         Raises:
             UpstreamError: when the upstream cannot be reached, or breaks off.
@@ -273,20 +286,33 @@ class Upstream:
             sent["authorization"] = f"Bearer {self._key}"
             if key_header == "x-api-key":
                 sent[key_header] = self._key
-        with _translated():
-            response = await self._client.request(
-                method, f"{self._base}{path}", data=body, headers=sent, allow_redirects=False
-            )
-        return UpstreamAnswer(response, self._longest, quota=not self._key)
+        span = None if self._tracing is None else self._tracing.call(method, path, model, sent)
+        try:
+            with _translated(span):
+                response = await self._client.request(
+                    method, f"{self._base}{path}", data=body, headers=sent, allow_redirects=False
+                )
+        except BaseException:
+            if span is not None:
+                span.end()
+            raise
+        if span is not None:
+            span.answered(response.status)
+        return UpstreamAnswer(response, self._longest, quota=not self._key, span=span)
 
 
 class _translated:  # noqa: N801 - reads as a word
-    """Turn what the client library raises into an UpstreamError."""
+    """Turn what the client library raises into an UpstreamError; the span of the call, where there is one, is told."""
+
+    def __init__(self, span: UpstreamSpan | None = None) -> None:
+        self._span = span
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._span is not None and isinstance(error, aiohttp.ClientError | OSError):
+            self._span.fail(error)
         match error:
             case aiohttp.SocketTimeoutError() | asyncio.TimeoutError():
                 raise UpstreamError("the upstream did not answer in time", status=504) from error

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from tidegate.errors import GuardError, InputError
+from tidegate.guards.around import GuardAround
 from tidegate.guards.base import AdaptableGuard, Session, StreamGuard
 from tidegate.guards.terms import Terms, on_terms
 from tidegate.types import Channel, Conversation, Verdict
@@ -33,23 +34,20 @@ def with_adapter(adapter: str | None) -> Iterator[None]:
         _adapter.reset(token)
 
 
-class CallersGuard:
+class CallersGuard(GuardAround):
     """The same guard, with the adapter of whoever asks it.
 
     Args:
         guard: asked with its adapter where it has adapters; closed with this one.
     """
 
-    def __init__(self, guard: StreamGuard) -> None:
-        self.guard = guard
-
     @property
     def name(self) -> str:
-        """That of the guard with the caller's adapter."""
+        """That of the guard with the caller's adapter, also of one that is not there: it is nobody else's."""
         try:
             return self._now().name
         except GuardError:
-            return self.guard.name
+            return f"{self.guard.name}+{_adapter.get()}"
 
     async def judge(self, conversation: Conversation) -> Verdict:
         """Judge with the caller's adapter.
@@ -72,10 +70,6 @@ class CallersGuard:
     def on_terms(self, terms: Terms) -> CallersGuard:
         """The same guard on these terms."""
         return CallersGuard(on_terms(self.guard, terms))
-
-    async def close(self) -> None:
-        """Close the guard."""
-        await self.guard.close()
 
     def _now(self) -> StreamGuard:
         adapter = _adapter.get()

@@ -28,10 +28,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from tidegate.guards.base import Session, StreamGuard
+from tidegate.guards.around import GuardAround
+from tidegate.guards.base import StreamGuard
 from tidegate.guards.terms import NO_TERMS, Terms, on_terms
 from tidegate.store.shared import Shared, SharedDown
-from tidegate.types import Channel, Conversation, Probabilities, Severity, Span, Target, Verdict
+from tidegate.types import Conversation, Probabilities, Severity, Span, Target, Verdict
 
 __all__ = ["Memory", "RememberedGuard", "verdict_from_json", "verdict_to_json"]
 
@@ -188,7 +189,7 @@ class Memory:
         return hashlib.blake2b(name + text, key=self._key, digest_size=_MAC_BYTES, person=b"tidegate signed").digest()
 
 
-class RememberedGuard:
+class RememberedGuard(GuardAround):
     """The same guard, with a memory for what it judges whole; what it watches in a stream is not remembered.
 
     Args:
@@ -197,37 +198,22 @@ class RememberedGuard:
     """
 
     def __init__(self, guard: StreamGuard, memory: Memory, terms: Terms = NO_TERMS) -> None:
-        self._guard = guard
+        super().__init__(guard)
         self._memory = memory
         self._terms = terms
 
-    @property
-    def name(self) -> str:
-        """That of the guard."""
-        return self._guard.name
-
     async def judge(self, conversation: Conversation) -> Verdict:
         """Judge, or remember. Raises what the guard raises."""
-        name = self._memory.name_of(conversation, self._guard.name, self._terms.instructions)
+        name = self._memory.name_of(conversation, self.guard.name, self._terms.instructions)
         known = self._memory.recall_here(name)
         if known is not None:
             self._memory.tell("local")
             return known
-        return await self._memory.once(name, self._terms, lambda: self._guard.judge(conversation))
-
-    def open(
-        self, context: Conversation | None, channel: Channel = Channel.ANSWER, *, reasoning: str = "", name: str = ""
-    ) -> Session:
-        """Open a session of the guard: see `StreamGuard.open`."""
-        return self._guard.open(context, channel, reasoning=reasoning, name=name)
+        return await self._memory.once(name, self._terms, lambda: self.guard.judge(conversation))
 
     def on_terms(self, terms: Terms) -> RememberedGuard:
         """The same guard on these terms; what it says on others is remembered apart."""
-        return RememberedGuard(on_terms(self._guard, terms), self._memory, terms)
-
-    async def close(self) -> None:
-        """Close the guard."""
-        await self._guard.close()
+        return RememberedGuard(on_terms(self.guard, terms), self._memory, terms)
 
 
 def _parts(conversation: Conversation, guard: str, instructions: str) -> Iterator[str]:

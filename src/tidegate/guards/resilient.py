@@ -23,7 +23,8 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
 
 from tidegate.errors import GuardError, GuardTimeout, GuardUnavailable, InputError
-from tidegate.guards.base import IdGuard, IdSession, IdText, Session, StreamGuard, judges_together
+from tidegate.guards.around import GuardAround
+from tidegate.guards.base import IdSession, IdText, Session, StreamGuard
 from tidegate.guards.breaker import Breaker, Call
 from tidegate.guards.second import SecondGuard
 from tidegate.guards.session import TextSession, check_written
@@ -53,7 +54,7 @@ def _tell_failed(call: Call | None, error: BaseException) -> None:
         call.failed() if _says_down(error) else call.given_up()
 
 
-class ResilientGuard:
+class ResilientGuard(GuardAround):
     """Any guard with a deadline, a breaker and a fallback; see the module's text.
 
     Args:
@@ -76,23 +77,13 @@ class ResilientGuard:
         tell_degraded: TellDegraded | None = None,
         second: SecondGuard | None = None,
     ) -> None:
-        self.guard = guard
+        super().__init__(guard)
         self.fallback = fallback
         self.breaker = breaker
         self.deadline_s = deadline_s
         self.second = second
         self.degraded = False
         self._tell_degraded = tell_degraded
-
-    @property
-    def name(self) -> str:
-        """That of the guard."""
-        return self.guard.name
-
-    @property
-    def together(self) -> bool:
-        """Whether the guard judges reasoning together with what follows it."""
-        return judges_together(self.guard)
 
     def on_terms(self, terms: Terms) -> ResilientGuard:
         """The same guard with a shorter deadline, with or without degraded mode, and the rest for the guard inside."""
@@ -145,15 +136,9 @@ class ResilientGuard:
                 if other is not None:
                     await other.close()
 
-    @property
-    def takes_ids(self) -> bool:
-        """Whether the guard takes ids; the fallback is then given the text that they are."""
-        return isinstance(self.guard, IdGuard) and self.guard.takes_ids
-
     async def id_text(self) -> IdText:
         """Begin to read the ids of one stream, as the guard does. Raises GuardError when it cannot."""
-        assert isinstance(self.guard, IdGuard), "only asked where ids are taken"
-        return await _in_time(self.guard.id_text(), self.deadline_s)
+        return await _in_time(super().id_text(), self.deadline_s)
 
     # what the sessions share
 

@@ -49,6 +49,7 @@ from tidegate.policy.replaying import Change, Replay
 from tidegate.policy.rules import (
     Controversial,
     Degraded,
+    History,
     Layer,
     LayerKind,
     OnGuardError,
@@ -72,6 +73,7 @@ __all__ = [
     "Controversial",
     "Degraded",
     "Explanation",
+    "History",
     "Hold",
     "InterventionWord",
     "Layer",

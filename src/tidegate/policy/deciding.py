@@ -24,6 +24,7 @@ from tidegate.policy.carrying import (
 from tidegate.policy.rules import (
     Controversial,
     Degraded,
+    History,
     Layer,
     OnGuardError,
     Retention,
@@ -67,6 +68,7 @@ RESERVED_NAMES: Final = (
     "observe",
     "unjudged_request",
     "unjudged_answer",
+    "earlier_turn",
 )
 """Names that a decision gives when no rule of the file chose; a rule cannot take them."""
 
@@ -84,6 +86,7 @@ _REPLACED: Final = (
     "deadline_ms",
     "unjudged_request",
     "unjudged_answer",
+    "history",
     "observe",
     "message",
     "messages",
@@ -93,6 +96,7 @@ _REPLACED: Final = (
     "confirm",
 )
 """What a layer says in the place of what is below it."""
+UNJUDGED_HISTORY: Final = History()
 _REMEMBERED: Final = 1024
 """So many scopes are worked out in advance; then it begins anew."""
 
@@ -124,6 +128,7 @@ class Policy:
             fields that we do not know, as token ids.
         unjudged_answer: what is done about text of an answer that no guard can judge: words that the model did not
             choose (``top_logprobs``), and fields that we do not know.
+        history: what becomes of earlier turns.
         observe: nothing is enforced: every decision is ALLOW, and says what it would have been.
         instructions: told to a generative guard beside its own policy; "" for none.
         messages: the message for some languages; ``message`` is for all others.
@@ -156,6 +161,7 @@ class Policy:
     instructions: str = ""
     unjudged_request: UnjudgedRequest = "pass"
     unjudged_answer: UnjudgedAnswer = "drop"
+    history: History = UNJUDGED_HISTORY
     layers: tuple[Layer, ...] = ()
     messages: Messages = ()
     intervention: InterventionWord | None = None
@@ -222,6 +228,7 @@ class Policy:
             "deadline_ms": self.deadline_ms,
             "unjudged_request": "" if self.unjudged_request == "pass" else self.unjudged_request,
             "unjudged_answer": "" if self.unjudged_answer == "drop" else self.unjudged_answer,
+            "history": None if self.history == UNJUDGED_HISTORY else self.history.canonical(),
             "observe": self.observe,
             "instructions": self.instructions,
             "messages": dict(self.messages),
@@ -247,11 +254,12 @@ class Policy:
         """
         if not self.layers:
             return self
-        found = self._at.get(scope)
+        anybodys = replace(scope, language=None, subject=None)
+        found = self._at.get(anybodys)
         if found is None:
             if len(self._at) >= _REMEMBERED:
                 self._at.clear()
-            found = self._at[replace(scope, subject=None)] = self._laid(self.layers_for(scope))
+            found = self._at[anybodys] = self._laid(self.layers_for(scope))
         return found
 
     def _laid(self, layers: Iterable[Layer]) -> Policy:
@@ -282,15 +290,32 @@ class Policy:
 
         A stream asks once and then calls `ScopedPolicy.action` for each token.
         """
-        scoped = self._scoped.get((scope, target))
+        nobodys = scope if scope.subject is None else replace(scope, subject=None)
+        scoped = self._scoped.get((nobodys, target))
         if scoped is None:
             if len(self._scoped) >= _REMEMBERED:
                 self._scoped.clear()
-            nobodys = replace(scope, subject=None)
             scoped = self._scoped[nobodys, target] = ScopedPolicy(self.at(scope), nobodys, target)
         return scoped if scope.subject is None else scoped.of(scope)
 
     # what it says
+
+    def on_earlier(self, decision: Decision) -> Decision:
+        """What a decision on an earlier turn means now: no more than `History.at_most`, by the rule ``earlier_turn``.
+
+        Unless it counts as if it were new, it advises nothing: that was done when it was. Nobody takes anything out of
+        an earlier turn, so that REDACT is BLOCK. Layers do not count: ask `at` first.
+        """
+        at_most = self.history.at_most
+        seen = decision.observed
+        now = Observed(*_lowered(decision.action, decision.rule, at_most), self._still(decision.advice))
+        if seen is not None:
+            seen = Observed(*_lowered(seen.action, seen.rule, at_most), self._still(seen.advice))
+        seen = None if seen == now else seen
+        return replace(decision, action=now.action, rule=now.rule, advice=now.advice, observed=seen)
+
+    def _still(self, advice: tuple[Advice, ...]) -> tuple[Advice, ...]:
+        return advice if self.history.at_most is Action.BLOCK else ()
 
     def on_failure(self, kind: str) -> Action:
         """What is done when nobody could judge, by the kind of failure; where nothing is enforced, what would be.
@@ -320,6 +345,11 @@ class Policy:
 
     def _rule(self, name: str) -> Rule | None:
         return next((candidate for candidate in self.rules if candidate.name == name), None)
+
+
+def _lowered(action: Action, rule: str, at_most: Action) -> tuple[Action, str]:
+    action = Action.BLOCK if action is Action.REDACT else action
+    return (action, rule) if action <= at_most else (at_most, "earlier_turn")
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------

@@ -130,6 +130,9 @@ def _value(policy: Policy, name: str) -> str:
         return ", ".join([policy.on_guard_error.word, *kinds])
     if name == "otherwise":
         return policy.otherwise.word
+    if name == "history":
+        said = policy.history
+        return f"judged, at most {said.at_most.word}, {said.turns} turns" if said.judge else "not judged"
     value = getattr(policy, name)
     return "yes" if value is True else "no" if value is False else "none" if value in (None, "") else str(value)
 

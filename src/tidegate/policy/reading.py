@@ -31,6 +31,7 @@ from tidegate.policy.rules import (
     SETTINGS,
     Controversial,
     Degraded,
+    History,
     Layer,
     LayerKind,
     OnGuardError,
@@ -292,6 +293,7 @@ _SCOPE_KEYS: Final = ("tenant", "region", "route", "language")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LANGUAGE: Final = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 _LONGEST_DEADLINE_MS: Final = 600_000
+_MOST_TURNS: Final = 8192
 
 
 def _read_policy(root: _At) -> Policy:
@@ -325,6 +327,7 @@ def _read_settings(keys: Mapping[str, _At], categories: Sequence[str]) -> dict[s
         "deadline_ms": lambda at: at.whole_number(1, _LONGEST_DEADLINE_MS),
         "unjudged_request": lambda at: _read_literal(at, UnjudgedRequest, "treatment"),
         "unjudged_answer": lambda at: _read_literal(at, UnjudgedAnswer, "treatment"),
+        "history": _read_history,
         "observe": _At.yes_or_no,
         "message": _read_messages,
         "intervention": lambda at: _read_literal(at, InterventionWord, "intervention"),
@@ -438,6 +441,19 @@ def _read_on_guard_error(at: _At) -> OnGuardError:
         raise at.error("the key 'default' is missing: it is for every failure that has no key of its own")
     actions = {kind: _read_action(value) for kind, value in keys.items()}
     return OnGuardError(actions.pop("default"), actions)
+
+
+def _read_history(at: _At) -> History:
+    keys = at.mapping(("judge", "at_most", "turns"))
+    if "judge" not in keys:
+        raise at.error("the key 'judge' is missing: expected true or false")
+    words = [action.word for action in Action if action is not Action.REDACT]
+    usual = History(judge=keys["judge"].yes_or_no())
+    return History(
+        judge=usual.judge,
+        at_most=_optional(keys.get("at_most"), lambda one: Action.parse(one.word(words, "action")), usual.at_most),
+        turns=_optional(keys.get("turns"), lambda one: one.whole_number(1, _MOST_TURNS), usual.turns),
+    )
 
 
 def _read_literal(at: _At, literal: Any, kind: str) -> Any:

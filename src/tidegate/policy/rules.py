@@ -48,6 +48,7 @@ SETTINGS: Final = (
     "deadline_ms",
     "unjudged_request",
     "unjudged_answer",
+    "history",
     "observe",
     "message",
     "instructions",
@@ -200,6 +201,26 @@ def canonical_rule(rule: Rule) -> dict[str, object]:
 
 
 @dataclass(frozen=True, slots=True)
+class History:
+    """What becomes of earlier turns: those before what is new in a request.
+
+    Attributes:
+        judge: whether they are judged, each as what it is: what was said before it counts, what came after does not.
+        at_most: the most that an earlier turn can lead to, however strict the rules are with it: ALLOW, WARN, REVIEW,
+            or BLOCK, as if it were new.
+        turns: how many of them are judged, the newest first; at least 1.
+    """
+
+    judge: bool = False
+    at_most: Action = Action.WARN
+    turns: int = 64
+
+    def canonical(self) -> dict[str, object]:
+        """As JSON values."""
+        return {"judge": self.judge, "at_most": self.at_most.word, "turns": self.turns}
+
+
+@dataclass(frozen=True, slots=True)
 class OnGuardError:
     """What is done when the guard cannot judge.
 
@@ -242,6 +263,7 @@ class Layer:
         deadline_ms: as in `Policy`.
         unjudged_request: as in `Policy`.
         unjudged_answer: as in `Policy`.
+        history: as in `Policy`.
         observe: as in `Policy`.
         message: as in `Policy`.
         thresholds: laid over those below, category by category.
@@ -270,6 +292,7 @@ class Layer:
     instructions: str | None = None
     unjudged_request: UnjudgedRequest | None = None
     unjudged_answer: UnjudgedAnswer | None = None
+    history: History | None = None
     messages: Messages | None = None
     intervention: InterventionWord | None = None
     hold: Hold | None = None
@@ -307,6 +330,7 @@ class Layer:
             "deadline_ms": self.deadline_ms,
             "unjudged_request": self.unjudged_request,
             "unjudged_answer": self.unjudged_answer,
+            "history": None if self.history is None else self.history.canonical(),
             "observe": self.observe,
             "message": self.message,
             "instructions": self.instructions,

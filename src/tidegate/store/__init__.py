@@ -2,6 +2,18 @@
 
 from tidegate.store.decisions import KeptDecision, Store, open_store
 from tidegate.store.keys import Allowance, Key, Keys
+from tidegate.store.outbox import Delivery, Outbox, Standing
 from tidegate.store.writer import StoreState
 
-__all__ = ["Allowance", "KeptDecision", "Key", "Keys", "Store", "StoreState", "open_store"]
+__all__ = [
+    "Allowance",
+    "Delivery",
+    "KeptDecision",
+    "Key",
+    "Keys",
+    "Outbox",
+    "Standing",
+    "Store",
+    "StoreState",
+    "open_store",
+]

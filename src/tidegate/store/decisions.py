@@ -22,6 +22,7 @@ from tidegate.policy import Retention
 from tidegate.store import deletions
 from tidegate.store.database import Database, DatabaseDown
 from tidegate.store.keys import Keys
+from tidegate.store.outbox import Address, Outbox
 from tidegate.store.retention import (
     conversation_from_json,
     conversation_to_json,
@@ -101,11 +102,12 @@ class Store:
         *,
         keep_days: float | None = None,
         reason: str | None = None,
+        address: Address | None = None,
     ) -> None:
         self._database = database
         self._spool = spool
-        self._writer = Writer(database, spool, reason)
-        self._upkeep = Upkeep(self._writer, database, spool, key_name(key), keep_days)
+        self._writer = Writer(database, spool, reason, address)
+        self._upkeep = Upkeep(self._writer, database, spool, key_name(key), keep_days, address)
         self._key = key
         self._finalizer = weakref.finalize(self, _close, self._writer, self._upkeep, database, spool)
 
@@ -255,6 +257,11 @@ class Store:
         self._upkeep.replay()
 
     @property
+    def outbox(self) -> Outbox:
+        """What webhooks are still to be told of decisions."""
+        return Outbox(self._database)
+
+    @property
     def keys(self) -> Keys:
         """The keys of clients, in the same database."""
         return Keys(self._database, self._key)
@@ -316,6 +323,7 @@ def open_store(
     spool_bytes: int = DEFAULT_BYTES,
     key: bytes | None = None,
     keep_days: float | None = None,
+    address: Address | None = None,
 ) -> Store:
     """Open a database of decisions, make it when there is none, and bring an older one to the newest schema.
 
@@ -330,6 +338,7 @@ def open_store(
         key: of the fingerprints, 32 bytes, the same for all processes; None for the one in ``<file>.key`` beside a
             SQLite database, or in the spool's folder for PostgreSQL. It is made when there is none.
         keep_days: how old decisions may become, in days; None for any age.
+        address: which webhooks are told of a decision; they are in its outbox then. None for none.
 
     Raises:
         StoreError: when it cannot be opened: wrong URL, no such folder, no permission, another program's database, one
@@ -340,7 +349,7 @@ def open_store(
         buffer = _spool_of(database, spool, spool_bytes)
         key = _key_of(database, buffer) if key is None else key
         reason = _prepared(database, buffer, key_name(key))
-        return Store(database, key, buffer, keep_days=keep_days, reason=reason)
+        return Store(database, key, buffer, keep_days=keep_days, reason=reason, address=address)
     except BaseException:
         database.close()
         raise

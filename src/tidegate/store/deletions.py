@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from tidegate.policy import Retention
 from tidegate.store.database import Database
-from tidegate.store.tables import Row, decisions_table, deletions_table
+from tidegate.store.tables import Row, decisions_table, deletions_table, deliveries_table
 
 __all__ = ["STEP", "delete_subject", "finish_deletions", "purge", "without_deleted"]
 
@@ -26,15 +26,23 @@ _deletion = deletions_table.c
 
 
 def delete_subject(database: Database, subject: str) -> int:
-    """Delete all decisions with this fingerprint of a subject; returns how many. Raises StoreError."""
-    return _delete(database, {"subject": subject})
+    """Delete all decisions with this fingerprint of a subject; returns how many. Raises StoreError.
+
+    What webhooks were still to be told of them goes too.
+    """
+    deleted = _delete(database, {"subject": subject})
+    _forget(database, deliveries_table.c.subject == subject)
+    return deleted
 
 
 def purge(database: Database, before: datetime, retention: Retention | None) -> int:
     """Delete all decisions from before a time, of one retention or of any; returns how many. Raises StoreError.
 
-    When there is nothing to delete, nothing is written down.
+    When there is nothing to delete, nothing is written down. What webhooks were not told of until then goes too, unless
+    it is only one retention.
     """
+    if retention is None:
+        _forget(database, deliveries_table.c.time < before)
     query = sa.select(sa.literal(1)).where(_from_before(before, retention)).limit(1)
     with database.reading() as connection:
         if connection.execute(query).first() is None:
@@ -56,6 +64,14 @@ def without_deleted(connection: sa.Connection, rows: list[Row]) -> list[Row]:
     query = query.where(_deletion.subject.in_(subjects)).group_by(_deletion.subject)
     deleted: dict[str, datetime] = {row[0]: row[1] for row in connection.execute(query)}
     return [row for row in rows if row["subject"] not in deleted or row["time"] > deleted[row["subject"]]]
+
+
+def _forget(database: Database, which: sa.ColumnElement[bool]) -> None:
+    with database.reading() as connection:
+        if connection.execute(sa.select(sa.literal(1)).where(which).limit(1)).first() is None:
+            return
+    with database.writing() as connection:
+        connection.execute(deliveries_table.delete().where(which))
 
 
 def _delete(database: Database, what: Row) -> int:

@@ -20,6 +20,7 @@ __all__ = [
     "client_keys_table",
     "decisions_table",
     "deletions_table",
+    "deliveries_table",
     "keys_table",
     "metadata",
 ]
@@ -122,6 +123,23 @@ keys_table = sa.Table(
     sa.Column("time", UtcTime, nullable=False),
 )
 """The names of the keys that fingerprints here were made with; never the keys."""
+
+deliveries_table = sa.Table(
+    "deliveries",
+    metadata,
+    sa.Column("number", BigNumber, primary_key=True, autoincrement=True),
+    sa.Column("webhook", sa.String(64), nullable=False),
+    sa.Column("decision", sa.String(40), nullable=False),
+    sa.Column("subject", sa.String(100), index=True),
+    sa.Column("time", UtcTime, nullable=False),
+    sa.Column("due", UtcTime, index=True),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("error", sa.String(100)),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.UniqueConstraint("webhook", "decision", name="told_once"),
+    sqlite_autoincrement=True,
+)
+"""What webhooks are still to be told; see `tidegate.store.outbox`. ``due`` is NULL for what was given up."""
 
 client_keys_table = sa.Table(
     "client_keys",

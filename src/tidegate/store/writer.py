@@ -28,6 +28,7 @@ import sqlalchemy as sa
 from tidegate.errors import StoreError
 from tidegate.store.database import Database, DatabaseDown, RowRefused
 from tidegate.store.deletions import finish_deletions, purge, without_deleted
+from tidegate.store.outbox import Address, post
 from tidegate.store.spool import Entry, Segment, Spool
 from tidegate.store.tables import Row, decisions_table
 
@@ -86,10 +87,14 @@ class Writer:
         database: where decisions go.
         spool: where they go while it is down; None refuses them then.
         reason: why it is down already; None when it is up.
+        address: which webhooks are told of a decision; None for none.
     """
 
-    def __init__(self, database: Database, spool: Spool | None, reason: str | None = None) -> None:
+    def __init__(
+        self, database: Database, spool: Spool | None, reason: str | None = None, address: Address | None = None
+    ) -> None:
         self._database = database
+        self._address = address
         self._spool = spool
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._gate = threading.Lock()
@@ -188,6 +193,7 @@ class Writer:
             try:
                 with self._database.writing() as connection:
                     connection.execute(decisions_table.insert(), rows)
+                    post(connection, rows, self._address)
                 self.num_commits += 1
                 return
             except DatabaseDown as error:
@@ -220,11 +226,19 @@ class Upkeep:
         spool: what is replayed; None for nothing.
         key_name: with which `Database.prepare` is done again after the database was down.
         keep_days: how old decisions may become, in days; None for any age.
+        address: which webhooks are told of a decision that is replayed; None for none.
     """
 
     def __init__(
-        self, writer: Writer, database: Database, spool: Spool | None, key_name: str, keep_days: float | None
+        self,
+        writer: Writer,
+        database: Database,
+        spool: Spool | None,
+        key_name: str,
+        keep_days: float | None,
+        address: Address | None = None,
     ) -> None:
+        self._address = address
         self._writer = writer
         self._database = database
         self._spool = spool
@@ -320,6 +334,7 @@ class Upkeep:
             missing = without_deleted(connection, [row for identity, row in rows.items() if identity not in there])
             if missing:
                 connection.execute(decisions_table.insert(), missing)
+                post(connection, missing, self._address)
         self.num_replayed += len(missing)
 
     def _purge(self) -> None:

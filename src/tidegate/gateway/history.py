@@ -1,0 +1,62 @@
+"""Earlier turns of a conversation, judged where the policy says so, and what is found in them.
+
+An earlier turn may have been judged when it was new, or a client may have made it up. Each is judged as what it is: a
+turn of the assistant as a response to what came before it, every other one as a prompt. A guard with a memory
+(`tidegate.guards.remembered`) is asked about each once, so that a conversation that goes on costs its new turns only.
+
+What is found counts for no more than the policy's ``history`` says, because an old false positive would otherwise stop
+every request that follows. Only so many are judged at once, and all of them together have as long as one text has; what
+that was too short for is a failure of the guard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+from tidegate.errors import GuardTimeout
+from tidegate.guards.base import Guard
+from tidegate.moderate import moderate
+from tidegate.policy import Policy, decide
+from tidegate.types import Conversation, Decision, GuardFailure, Scope
+
+__all__ = ["AT_ONCE", "judge_earlier"]
+
+AT_ONCE: Final = 8
+"""So many earlier turns of one request are judged at the same time."""
+
+
+async def judge_earlier(
+    conversations: Sequence[Conversation], *, guard: Guard, policy: Policy, scope: Scope, timeout_s: float | None
+) -> list[Decision]:
+    """What each earlier turn means now: the decisions on the last turns of these, without coverage.
+
+    Args:
+        conversations: each ends with an earlier turn; those that are worth most come last.
+        guard: judges.
+        policy: decides; without layers, as `Policy.at` gives it.
+        scope: for whom.
+        timeout_s: seconds for all of them together, greater than 0; None for as long as the guard wants. The policy's
+            deadline counts too.
+    """
+    if policy.deadline_ms is not None:
+        deadline_s = policy.deadline_ms / 1000
+        timeout_s = deadline_s if timeout_s is None else min(timeout_s, deadline_s)
+    loop = asyncio.get_running_loop()
+    until = None if timeout_s is None else loop.time() + timeout_s
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def judge(conversation: Conversation) -> Decision:
+        async with gate:
+            left_s = None if until is None else until - loop.time()
+            if left_s is not None and left_s <= 0:
+                late = GuardFailure(GuardTimeout.__name__, "there was no time left for earlier turns", guard.name)
+                return policy.on_earlier(decide(policy, late, scope))
+            decision = await moderate(
+                conversation, guard=guard, policy=policy, scope=scope, timeout_s=left_s, coverage=()
+            )
+        return policy.on_earlier(decision)
+
+    decisions = await asyncio.gather(*map(judge, reversed(conversations)))
+    return decisions[::-1]

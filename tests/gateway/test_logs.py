@@ -1,0 +1,159 @@
+"""Log lines: their two forms, and that nothing of what people and models write is in them."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import logging.config
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+import canary
+from serving import make_policy, serving, wait_until
+from tidegate.gateway.app import create_app
+from tidegate.gateway.logs import LogFormat, log_config
+from tidegate.testing import FakeStreamGuard
+
+NAMES = ("", "uvicorn", "uvicorn.error", "uvicorn.access", "tidegate", "tidegate.access")
+
+
+class Lines:
+    """Sets logging up as a gateway does, but into memory."""
+
+    def __init__(self) -> None:
+        self.out = io.StringIO()
+        self.config: dict[str, Any] = {}
+
+    def use(self, level: str, form: LogFormat = "text", *, access: bool = False) -> None:
+        self.config = log_config(level, form, access=access)
+        self.config["handlers"]["default"]["stream"] = self.out
+        logging.config.dictConfig(self.config)
+
+    @property
+    def text(self) -> str:
+        return self.out.getvalue()
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text.splitlines()]
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    loggers = [logging.getLogger(name) for name in NAMES]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield Lines()
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def _raise() -> None:
+    try:
+        raise ValueError(canary.ASKED)
+    except ValueError as error:
+        raise RuntimeError(canary.ANSWERED) from error
+
+
+async def _buggy(request: Any) -> PlainTextResponse:
+    _raise()
+    return PlainTextResponse("")
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_line_has_user_text(lines: Lines, form: LogFormat) -> None:
+    """Whatever is sent, to whichever door, at the level that says most; also where we have a bug."""
+    lines.use("debug", form)
+    with serving(canary.upstream(), log_config=None) as upstream_url:
+        app = create_app(
+            guard=FakeStreamGuard(),
+            policy=make_policy(),
+            upstream_url=upstream_url,
+            guard_timeout_s=5,
+            routes=[Route("/buggy", _buggy)],
+        )
+        lines.use("debug", form, access=True)
+        with serving(app, log_config=lines.config, log_level=None) as url:
+            canary.send_everywhere(url, canary.posts(app))
+            httpx.get(f"{url}/buggy")
+
+    assert "exchange failed: UpstreamError" in lines.text
+    assert "POST /v1/chat/completions 200" in lines.text
+    assert "Exception in ASGI application" in lines.text
+    assert not [word for word in canary.CANARIES if word in lines.text.lower()]
+
+
+def test_each_request_is_one_object(lines: Lines) -> None:
+    """With the route, not with the path and the query that a client wrote."""
+    lines.use("info", "json", access=True)
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy())
+    with serving(app, log_config=lines.config, log_level=None) as url:
+        httpx.get(f"{url}/v1/models/x?q=1")
+        httpx.get(f"{url}/nothing/here")
+
+    one, other = lines.objects
+    assert (one["method"], one["route"], one["status"]) == ("GET", "/v1/models/{name:path}", 404)
+    assert (other["method"], other["route"], other["status"]) == ("GET", "other", 404)
+    assert one["logger"] == "tidegate.access"
+    assert 0 <= one["seconds"] < 60
+    assert len(one["request"]) == 32
+    assert one["request"] != other["request"]
+
+
+def test_requests_are_logged_only_where_that_is_asked_for(lines: Lines) -> None:
+    """By default a gateway says what is out of the ordinary."""
+    lines.use("info", "json")
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy())
+    with serving(app, log_config=lines.config, log_level=None) as url:
+        httpx.get(f"{url}/livez")
+
+    assert lines.text == ""
+
+
+def test_errors_are_told_by_kind_and_place(lines: Lines) -> None:
+    """Each with those behind it."""
+    lines.use("info", "json")
+    try:
+        _raise()
+    except RuntimeError:
+        logging.getLogger("tidegate.gateway").exception("a bug")
+
+    (line,) = lines.objects
+    assert [one["error"] for one in line["errors"]] == ["RuntimeError", "ValueError"]
+    assert line["errors"][1]["where"][0].endswith("_raise")
+    assert (line["level"], line["message"]) == ("error", "a bug")
+
+
+def test_lost_tasks_say_nothing_of_their_errors(lines: Lines) -> None:
+    """The event loop shows the message of an error that nobody asked for."""
+    lines.use("info")
+
+    async def lose() -> None:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        future.set_exception(RuntimeError(canary.ASKED))
+        del future
+        await asyncio.sleep(0)
+
+    asyncio.run(lose())
+    wait_until(lambda: lines.text, "the line of the event loop")
+
+    assert "never retrieved" in lines.text
+    assert canary.ASKED not in lines.text
+
+
+def test_alive_is_said_without_the_guard() -> None:
+    """A guard that is stuck gets no gateway restarted, and its streams lost."""
+    guard = FakeStreamGuard()
+    with serving(create_app(guard=guard, policy=make_policy())) as url:
+        response = httpx.get(f"{url}/livez")
+
+    assert (response.status_code, response.json()["status"]) == (200, "ok")
+    assert guard.judged == []

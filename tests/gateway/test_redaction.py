@@ -511,6 +511,29 @@ def test_a_prompt_of_which_something_personal_would_be_left_is_refused(
     assert gateway.upstream.received == []
 
 
+def test_escapes_hide_nothing_in_what_a_tool_was_asked_and_said(gateway: Running) -> None:
+    hidden = '{"to": "\\u0061nn\\u0040example.org", "why": "tea\\nat five"}'
+    call = {"id": "call_1", "type": "function", "function": {"name": "send", "arguments": hidden}}
+    gateway.upstream.reply = Reply.json(completion("Fine."))
+    gateway.upstream.received.clear()
+
+    gateway.ask(
+        CHAT.path,
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "call_1", "content": hidden},
+            ]
+        },
+    )
+
+    (received,) = gateway.upstream.received
+    _, called, told = received.body["messages"]
+    for text in (called["tool_calls"][0]["function"]["arguments"], told["content"]):
+        assert json.loads(text) == {"to": "xxx@xxxxxxx.xxx", "why": "tea\nat five"}
+
+
 def test_only_a_word_for_programs_that_was_to_be_taken_out_is_masked() -> None:
     body = {"messages": [{"role": "user", "name": "ann@example.org", "content": "hi"}]}
 

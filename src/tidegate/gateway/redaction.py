@@ -17,6 +17,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, Final
 
+from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.personal import find, mask
 from tidegate.types import Channel, Coverage, Turn
 
@@ -173,6 +174,9 @@ class _Masking:
 
     def _mask(self, text: str) -> str:
         masked, count = mask(text)
+        if "\\u" in text:  # JSON, in which letters can be written as escapes
+            undone, more = mask(wholly_unescaped(text))
+            masked, count = (undone, more) if more > count else (masked, count)
         self.count += count
         return masked
 

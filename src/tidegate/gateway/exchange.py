@@ -366,32 +366,21 @@ class _Exchange(Generic[A]):
         earlier = earlier_texts(asked.said, history.turns) if history.judge else ()
         if not asked.new and not earlier:
             return None
-        before = asyncio.ensure_future(
-            judge_earlier(
-                [text.conversation for text in earlier],
-                guard=behind.guard,
-                policy=self._policy,
-                scope=self._scope,
-                timeout_s=behind.guard_timeout_s,
+        work = asyncio.gather(
+            *(
+                moderate(
+                    text.conversation,
+                    guard=behind.guard,
+                    policy=self._policy,
+                    scope=self._scope,
+                    timeout_s=behind.guard_timeout_s,
+                    coverage=(),
+                )
+                for text in asked.new
             )
         )
-        try:
-            decisions = await asyncio.gather(
-                *(
-                    moderate(
-                        text.conversation,
-                        guard=behind.guard,
-                        policy=self._policy,
-                        scope=self._scope,
-                        timeout_s=behind.guard_timeout_s,
-                        coverage=(),
-                    )
-                    for text in asked.new
-                )
-            )
-            decisions += await before
-        finally:
-            before.cancel()
+        decisions, before = await asyncio.gather(work, self._judge_earlier(earlier)) if earlier else (await work, [])
+        decisions += before
         texts = (*asked.new, *earlier)
         number = _worst(decisions, len(asked.new))
         behind.telemetry.count_failures(one for place, one in enumerate(decisions) if place != number)
@@ -401,6 +390,15 @@ class _Exchange(Generic[A]):
             return None
         await _drop(call)
         return self._refusal(decision, texts[number], await surely(_result(kept)))
+
+    async def _judge_earlier(self, texts: Sequence[PromptText]) -> list[Decision]:
+        return await judge_earlier(
+            [text.conversation for text in texts],
+            guard=self._behind.guard,
+            policy=self._policy,
+            scope=self._scope,
+            timeout_s=self._behind.guard_timeout_s,
+        )
 
     def _refusal(self, decision: Decision, text: PromptText, identity: str | None) -> ASGIApp:
         field = decision_field(decision, self._policy, text=text, identity=identity)

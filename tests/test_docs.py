@@ -107,7 +107,7 @@ def test_every_word_that_names_a_type_names_one() -> None:
 
 
 def test_every_type_has_its_word() -> None:
-    details = {"CoverageState", "Span", "ToolCall"}
+    details = {"CoverageState", "InterventionKind", "Span", "ToolCall"}
     for name in types.__all__:
         if isinstance(getattr(types, name), type) and name not in details:
             assert f"| **{name}** |" in CONCEPTS, name

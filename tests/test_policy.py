@@ -743,7 +743,7 @@ def test_a_preset_says_what_every_severity_means_for_every_category(name: str) -
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_never_redacts_for_that_is_not_built_yet_and_keeps_text_only_for_reviews(name: str) -> None:
+def test_a_preset_never_redacts_and_keeps_text_only_for_reviews(name: str) -> None:
     preset = load_policy(name)
     actions = {rule.action for rule in preset.rules} | {preset.otherwise, preset.on_guard_error}
     reviews = Action.REVIEW in actions or preset.controversial == "review"

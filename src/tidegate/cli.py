@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from tidegate.gateway.logs import LogFormat
     from tidegate.gateway.tracing import Tracing
     from tidegate.gateway.webhooks import Courier
-    from tidegate.guards import StreamGuard
+    from tidegate.guards import Guard, StreamGuard
     from tidegate.moderate import Step
     from tidegate.policy import Explanation, Policy, PolicySource, Replay
     from tidegate.store import Key, Store
@@ -370,7 +370,7 @@ class _Painter:
         verdict = decision.verdict
         why = f"{verdict.severity.word} {', '.join(verdict.categories)}".strip() if verdict else "the guard failed"
         rule = f"rule {decision.rule} of {decision.policy} {decision.policy_version}"
-        stopped = "stopped" if decision.action >= Action.REDACT else "passed"
+        stopped = "stopped" if decision.action >= Action.BLOCK else "passed"
         _say(f"{decision.action.word.upper()}: {stopped}, {why} ({rule})", style=_STYLES[decision.action])
 
     def _tinted(self, released: str) -> Text:
@@ -474,11 +474,12 @@ def _serve(settings: Settings, *, demo: bool) -> None:
     policy = WatchedPolicy(settings.policy)
     guard = _load_guard(settings)
     fallback = None if settings.guard == "edge" else load_guard("edge")
+    confirmer = None if settings.confirm_guard is None else load_guard(settings.confirm_guard)
     with (
         _listening(settings.host, settings.port, settings.client_timeout) as socket,
         _open_store(settings) as store,
     ):
-        application = _application(settings, guard, fallback, policy, store, demo=demo)
+        application = _application(settings, guard, fallback, confirmer, policy, store, demo=demo)
         _warn_open(settings, auth, store)
         _run_server(_settings_config(settings, application), socket, _addresses(settings, socket))
 
@@ -532,8 +533,9 @@ def _worker(given: dict[str, Any], *, demo: bool) -> Starlette:
         settings = read_settings(**given)
         guard = _load_guard(settings)
         fallback = None if settings.guard == "edge" else load_guard("edge")
+        confirmer = None if settings.confirm_guard is None else load_guard(settings.confirm_guard)
         policy = WatchedPolicy(settings.policy)
-        return _application(settings, guard, fallback, policy, _open_store(settings), demo=demo)
+        return _application(settings, guard, fallback, confirmer, policy, _open_store(settings), demo=demo)
     except TidegateError as error:
         _say(f"tidegate: {error}", style="red")
         raise SystemExit(STARTUP_FAILURE) from None
@@ -627,6 +629,7 @@ def _application(
     settings: Settings,
     guard: StreamGuard,
     fallback: StreamGuard | None,
+    confirmer: Guard | None,
     policy: PolicySource,
     store: Store,
     *,
@@ -666,6 +669,9 @@ def _application(
         policy=policy,
         fallback=fallback,
         breaker=BreakerOptions(),
+        confirmer=confirmer,
+        confirm_timeout_s=settings.confirm_timeout,
+        continues=settings.upstream_continues,
         keep=store.keep,
         upstream_url=settings.upstream_url,
         upstream_key=key,

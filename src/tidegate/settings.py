@@ -20,7 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from tidegate.errors import SettingsError
 
-__all__ = ["PREFIX", "Settings", "read_settings"]
+__all__ = ["PREFIX", "Continues", "Settings", "read_settings"]
+
+Continues = Literal["no", "vllm", "prefill"]
+"""How an upstream goes on from the beginning of an answer."""
 
 PREFIX: Final = "TIDEGATE_"
 _SECRETS: Final = ("upstream_key", "fingerprint_key")
@@ -32,6 +35,7 @@ _UNSET_WHEN_EMPTY: Final = (
     "upstream_url",
     "spool",
     "keep_days",
+    "confirm_guard",
     "webhooks",
     "auth",
     "redis_url",
@@ -110,6 +114,13 @@ class Settings(BaseModel):
     """Certificates of those who sign the clients', in PEM; None lets clients have none."""
     guard: Annotated[str, Field(min_length=1)] = "edge"
     """Which guard judges, as `tidegate.guards.load_guard` takes it."""
+    confirm_guard: Annotated[str | None, Field(min_length=1)] = None
+    """Which guard confirms the alarms of streams, where the policy says ``confirm``; None for none."""
+    confirm_timeout: Seconds = 20.0
+    """Longest time that this guard may take for one answer, in seconds."""
+    upstream_continues: Continues = "no"
+    """How the upstream goes on from the beginning of an answer, for ``intervention: rollback``: ``vllm`` with
+    ``continue_final_message``, ``prefill`` when the last turn is the assistant's, ``no`` cannot, and is asked to."""
     adapters: dict[str, Path] | None = None
     """Adapters of a ``gen:`` guard, by the names that keys have, as ``bank=adapters/bank,school=adapters/school``."""
     policy: Annotated[str, Field(min_length=1)] = "balanced"

@@ -27,6 +27,8 @@ __all__ = [
     "Decision",
     "Example",
     "GuardFailure",
+    "Intervention",
+    "InterventionKind",
     "Observed",
     "Probabilities",
     "Role",
@@ -356,6 +358,36 @@ class Observed:
     advice: tuple[Advice, ...] = ()
 
 
+class InterventionKind(enum.StrEnum):
+    """What was done to a text, or was not done after a second look."""
+
+    CUT = "cut"
+    REPLACE = "replace"
+    REDACT = "redact"
+    ROLLBACK = "rollback"
+    CONFIRM = "confirm"
+
+
+@dataclass(frozen=True, slots=True)
+class Intervention:
+    """One thing that was done to a text while a decision was carried out.
+
+    Attributes:
+        kind: what.
+        outcome: how it ended: ``done``; of a rollback also ``failed`` or ``flagged`` (the last try was flagged too); of
+            a question to the confirming guard ``confirmed``, ``overruled`` or ``failed``.
+        count: how often: spans that were masked, tries, questions; at least 1.
+        characters: masked, thrown away, or (of an alarm that was overruled) let go on; at least 0.
+        tokens: of the guard, that were thrown away; 0 where that is not counted.
+    """
+
+    kind: InterventionKind
+    outcome: str = "done"
+    count: int = 1
+    characters: int = 0
+    tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Action + the rule and policy that chose it + the verdict or the failure + the coverage: the unit of audit.
@@ -372,6 +404,9 @@ class Decision:
         advice: what the policy suggests beside the action.
         observed: what it would have been if all that the policy only observes were in force; None when that is the
             same.
+        interventions: how it was carried out, in the order in which that was done; () where nothing was done to a text,
+            or the one who was told of the decision did it.
+        leaked: characters of flagged text that had left when it was stopped; 0 unless the policy lets text leave first.
 
     Raises:
         ValueError: when both or neither of verdict and failure are given.
@@ -387,6 +422,8 @@ class Decision:
     coverage: tuple[Coverage, ...] = ()
     advice: tuple[Advice, ...] = ()
     observed: Observed | None = None
+    interventions: tuple[Intervention, ...] = ()
+    leaked: int = 0
 
     def __post_init__(self) -> None:
         if (self.verdict is None) == (self.failure is None):

@@ -99,14 +99,40 @@ async def test_a_blocked_prompt_gets_no_answer_and_the_upstream_is_let_go() -> N
     assert closed.is_set()
 
 
-async def test_a_prompt_to_redact_gets_no_answer_either() -> None:
+REDACTING = parse_policy(
+    "{name: r, on_guard_error: block, otherwise: allow, debounce: 1, rules: ["
+    "{name: personal, severity: unsafe, categories: [PII], action: redact}]}"
+)
+PERSONAL = {"ann@example.org": "PII", "1234567": "PII"}
+
+
+async def test_personal_data_is_masked_in_the_prompt_and_in_what_is_shown() -> None:
+    asked: list[str] = []
+
+    async def answer(prompt: str) -> AsyncGenerator[str, None]:
+        asked.append(prompt)
+        yield "Call 030 1234567, "
+        yield "or write."
+
+    events = await events_of(
+        Ask("I am ann@example.org", None, "r"), answer, guard=FakeStreamGuard(unsafe=PERSONAL), policy=REDACTING
+    )
+
+    assert asked == ["I am xxx@xxxxxxx.xxx"]
+    assert shown(events) == "Call 999 9999999, or write."
+    assert only(events, "decision")[0]["decision"]["action"] == "redact"
+    assert not only(events, "cut")
+    assert "1234567" not in json.dumps(events)
+
+
+async def test_a_prompt_to_redact_of_which_nothing_can_be_taken_out_gets_no_answer() -> None:
     redacting = parse_policy(
         "{name: r, on_guard_error: block, otherwise: allow, rules: [{name: all, severity: unsafe, action: redact}]}"
     )
     events = await events_of(Ask("a bomb please", None, "r"), says("All is well here."), policy=redacting)
     assert not only(events, "token")
     (decision,) = only(events, "decision")
-    assert (decision["about"], decision["decision"]["action"]) == ("prompt", "redact")
+    assert (decision["about"], decision["decision"]["action"]) == ("prompt", "block")
 
 
 async def test_a_text_of_the_readers_own_is_judged_even_after_an_unsafe_prompt() -> None:

@@ -22,6 +22,8 @@ from tidegate.gateway.schemas import refuse
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.gateway.upstream import KeyHeader, Upstream
+from tidegate.moderate import Retry
+from tidegate.settings import Continues
 from tidegate.testing import FakeStreamGuard, FakeUpstream, Reply, completion
 from tidegate.types import Role, Turn
 
@@ -34,6 +36,8 @@ class Echo:
         self.error: UpstreamError | None = None
         self.released = 0
         self.closed = 0
+        self.retry = None
+        self.due_s: float | None = None
 
     @property
     def held(self) -> int:
@@ -47,6 +51,15 @@ class Echo:
     async def end(self, error: UpstreamError | None = None) -> bytes:
         self.done, self.error = True, error
         return b"broke off\n" if error else b""
+
+    async def late(self) -> bytes:
+        return b""
+
+    def resume(self) -> None:
+        pass
+
+    async def give_up(self) -> bytes:
+        return b""
 
     async def close(self) -> None:
         self.closed += 1
@@ -83,6 +96,9 @@ class LineDoor:
         if "said" not in answer:
             raise UpstreamError("the upstream said nothing")
         return {"said": answer["said"], "of": judging.prompt.turns[0].content}
+
+    def again(self, asked: Asked, retry: Retry, continues: Continues) -> dict[str, Any] | None:
+        return None
 
     def error(self, problem: Problem) -> dict[str, Any]:
         return {"wrong": problem.message, "at": problem.param}

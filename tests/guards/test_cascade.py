@@ -447,7 +447,7 @@ async def test_closing_ends_a_question() -> None:
 
     with pytest.raises(SessionClosed):
         await feeding
-    assert guard._open_questions == 0
+    assert guard._second.open_questions == 0
     assert isinstance(guard.first, FakeStreamGuard)
     assert guard.first.open_sessions == 0
 
@@ -459,7 +459,7 @@ async def test_cancelling_a_feed_ends_its_question_and_the_session() -> None:
 
     with pytest.raises(asyncio.CancelledError):
         await feeding
-    assert guard._open_questions == 0
+    assert guard._second.open_questions == 0
     with pytest.raises(SessionClosed):
         await session.finish()
 

@@ -28,6 +28,8 @@ from tidegate.types import (
     CoverageState,
     Decision,
     GuardFailure,
+    Intervention,
+    InterventionKind,
     Observed,
     Probabilities,
     Role,
@@ -71,6 +73,9 @@ failures = st.builds(GuardFailure, plain, plain, plain)
 observations = st.builds(
     Observed, st.sampled_from(Action), plain, st.lists(st.sampled_from(Advice), unique=True).map(tuple)
 )
+interventions = st.builds(
+    Intervention, st.sampled_from(InterventionKind), plain, st.integers(1, 9), st.integers(0, 99), st.integers(0, 9)
+)
 scopes = st.builds(Scope, *[st.none() | texts] * 4)
 coverages = st.builds(Coverage, texts, st.sampled_from(Channel), st.sampled_from(CoverageState), st.integers(0, 10_000))
 
@@ -89,6 +94,8 @@ def decisions(draw: st.DrawFn) -> Decision:
         coverage=tuple(draw(st.lists(coverages, max_size=3))),
         advice=tuple(draw(st.lists(st.sampled_from(Advice), unique=True))),
         observed=draw(st.none() | observations),
+        interventions=tuple(draw(st.lists(interventions, max_size=2))),
+        leaked=draw(st.integers(0, 99)),
     )
 
 

@@ -25,6 +25,8 @@ from tidegate.types import (
     Coverage,
     CoverageState,
     GuardFailure,
+    Intervention,
+    InterventionKind,
     Observed,
     Probabilities,
     Scope,
@@ -53,6 +55,8 @@ RICH = decision(
     coverage=(SEEN,),
     advice=(Advice.NOTIFY,),
     observed=Observed(Action.BLOCK, "new"),
+    interventions=(Intervention(InterventionKind.ROLLBACK, "flagged", 2, 9, 3),),
+    leaked=4,
 )
 FAILED = decision(Action.REVIEW, verdict=None, failure=GuardFailure("GuardTimeout", "too slow", "edge/2"))
 
@@ -95,6 +99,8 @@ def test_jsonl_has_one_object_a_line_with_everything_in_it(place: Place) -> None
         "policy_version": "0123456789ab",
         "advice": ["notify"],
         "observed": {"action": "block", "rule": "new"},
+        "interventions": [{"kind": "rollback", "outcome": "flagged", "count": 2, "characters": 9, "tokens": 3}],
+        "leaked": 4,
         "guard": "edge/2",
         "target": "response",
         "severity": "unsafe",
@@ -136,6 +142,7 @@ def test_parquet_holds_the_same(place: Place, tmp_path: Path) -> None:
     assert json.loads(rows[0]["conversation"]) == lines[0]["conversation"]
     assert rows[0]["category_probabilities"] == [("Violent", 0.5)]
     same = {"action", "rule", "advice", "observed", "probabilities", "categories", "span", "failure", "coverage"}
+    same |= {"interventions", "leaked"}
     for row, line in zip(rows, lines, strict=True):
         assert {name: row[name] for name in same} == {name: line[name] for name in same}
 

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from starlette.responses import StreamingResponse
@@ -25,8 +25,9 @@ from starlette.types import Scope as AsgiScope
 from tidegate.errors import GuardError, InputError, StoreError, TidegateError, UpstreamError
 from tidegate.guards.base import StreamGuard
 from tidegate.moderate import Keep, Step, moderate, moderate_stream
+from tidegate.personal import mask
 from tidegate.policy import Policy
-from tidegate.types import Action, Conversation, Decision, Probabilities, Scope, TokenVerdict, Verdict
+from tidegate.types import Action, Conversation, Decision, Probabilities, Scope, Target, TokenVerdict, Verdict
 
 __all__ = ["PROMPTS", "TEXTS", "Answer", "Ask", "EventStream", "Suggestion", "parse_ask", "play"]
 
@@ -160,12 +161,14 @@ async def play(
 ) -> AsyncGenerator[Event, None]:
     """Judge what was asked and what comes back; give the events of the module's text.
 
-    The upstream starts while the prompt is judged. A prompt that is blocked ends an ask; a text to judge is judged
-    whatever its prompt is. The guard may take ``timeout_s`` seconds for a text or a piece of one; None for as long as
-    it wants. Never raises a TidegateError: it becomes an ``error`` event.
+    The upstream starts while the prompt is judged, or behind that where the policy could have the prompt masked. A
+    prompt that is blocked ends an ask; a text to judge is judged whatever its prompt is. The guard may take
+    ``timeout_s`` seconds for a text or a piece of one; None for as long as it wants. Never raises a TidegateError: it
+    becomes an ``error`` event.
     """
     timing = _Timing()
-    arriving = _Arriving(_pieces(ask, answer), timing)
+    masks = ask.response is None and policy.for_scope(_SCOPE, Target.PROMPT).masks
+    arriving = None if masks else _Arriving(_pieces(ask, answer), timing)
     try:
         yield "start", {"guard": guard.name, "policy": policy.name, "policy_version": policy.version}
         stopped = False
@@ -173,12 +176,17 @@ async def play(
             prompt = Conversation.of(ask.prompt)
             about = await moderate(prompt, guard=guard, policy=policy, scope=_SCOPE, keep=keep, timeout_s=timeout_s)
             yield "prompt", _words_of(about, policy)
-            stopped = ask.response is None and about.action >= Action.REDACT
+            stopped = ask.response is None and about.action >= Action.BLOCK
             if stopped:
                 yield "decision", {**_words_of(about, policy), "about": "prompt"}
         else:
             yield "prompt", {"verdict": None}
+            masks = masks and about.action is Action.REDACT
         if not stopped:
+            if arriving is None:
+                arriving = _Arriving(
+                    _pieces(replace(ask, prompt=mask(ask.prompt)[0]) if masks else ask, answer), timing
+                )
             events = _answer_events(ask, arriving, timing, guard=guard, policy=policy, keep=keep, timeout_s=timeout_s)
             async with contextlib.aclosing(events):
                 async for event in events:
@@ -186,7 +194,8 @@ async def play(
     except TidegateError as error:
         yield "error", {"message": _plain(error)}
     finally:
-        await arriving.close()
+        if arriving is not None:
+            await arriving.close()
 
 
 _SCOPE: Final = Scope(route="/playground")
@@ -225,7 +234,7 @@ def _step_events(step: Step, shown: _Shown, timing: _Timing, policy: Policy) -> 
     events = shown.take(step)
     if step.decision is None:
         return [*events, ("held", {"characters": shown.held})]
-    if step.decision.action >= Action.REDACT:
+    if step.decision.action >= Action.BLOCK:
         events += shown.withhold()
         events.append(("cut", {"at": shown.released, "withheld": shown.held}))
     events.append(("timing", timing.summary()))
@@ -249,6 +258,8 @@ class _Shown:
 
     def take(self, step: Step) -> list[Event]:
         """The events of the tokens whose text has now been let through, and of text that leaves without a verdict."""
+        for start, masked in step.masks:
+            self.received = self.received[:start] + masked + self.received[start + len(masked) :]
         self.released += len(step.released)
         self._waiting.extend(step.tokens)
         events = []

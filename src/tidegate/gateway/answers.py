@@ -31,7 +31,16 @@ from dataclasses import replace
 from typing import Any, Final
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, judge_text
+from tidegate.gateway.channels import (
+    BLOCKS,
+    Judging,
+    TextChannel,
+    as_found,
+    due_of,
+    judge_text,
+    of_stream,
+    of_whole,
+)
 from tidegate.gateway.deltas import (
     CHOICE_FIELDS,
     TOP_FIELDS,
@@ -55,12 +64,9 @@ from tidegate.gateway.schemas import decision_field, json_of, mended, undecided_
 from tidegate.gateway.sse import DONE, EventReader, event
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.unescaped import wholly_unescaped
-from tidegate.types import (
-    Channel,
-    Coverage,
-    CoverageState,
-    Decision,
-)
+from tidegate.moderate import Retry, ending_of
+from tidegate.personal import mask
+from tidegate.types import Action, Channel, Coverage, CoverageState, Decision, InterventionKind
 
 __all__ = ["NO_USAGE", "AnswerStream", "judge_answer"]
 
@@ -73,7 +79,18 @@ NO_USAGE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0
 class _Piece:
     """What came in one chunk for one choice, until all of it has gone out."""
 
-    __slots__ = ("_begun", "choice", "delta", "finish_reason", "frame", "has_tokens", "head", "taken", "texts")
+    __slots__ = (
+        "_begun",
+        "choice",
+        "delta",
+        "finish_reason",
+        "frame",
+        "has_tokens",
+        "head",
+        "masked",
+        "taken",
+        "texts",
+    )
 
     def __init__(
         self,
@@ -88,6 +105,7 @@ class _Piece:
     ) -> None:
         self.frame = frame
         self.has_tokens = has_tokens
+        self.masked = False
         self.taken: list[tuple[Slot, str]] = []
         self.head = head
         self.choice = choice
@@ -105,6 +123,7 @@ class _Piece:
             channel.ready = channel.ready[len(ready) :]
             if ready:
                 taken.append((channel.slot, ready))
+                self.masked = self.masked or not text.startswith(ready)
             if len(ready) < len(text) or left:
                 left.append((channel, text[len(ready) :]))
         self.texts = left
@@ -226,6 +245,53 @@ class AnswerStream:
         self._head: dict[str, Any] = {}
         self._lead: list[dict[str, Any]] = []
         self._tail: list[dict[str, Any]] = []
+        self._resumed = False
+
+    @property
+    def retry(self) -> Retry | None:
+        """From where the upstream is to go on, instead of what it says now; None while it need not."""
+        found = (channel.retry for choice in self._choices.values() for channel in choice.channels.values())
+        return next((retry for retry in found if retry is not None), None)
+
+    @property
+    def due_s(self) -> float | None:
+        """In how many seconds `late` is to be called if nothing comes before, at least 0; None for never."""
+        open_ = (choice for choice in self._choices.values() if not choice.ended)
+        return due_of(channel for choice in open_ for channel in choice.channels.values())
+
+    async def late(self) -> bytes:
+        """Nothing came, and what is held may be held no longer. Raises StoreError."""
+        for choice in self._choices.values():
+            if not choice.ended:
+                for channel in choice.channels.values():
+                    choice.blocked = channel.late() or choice.blocked
+        return await self._advance()
+
+    def resume(self) -> None:
+        """What is fed next is what the upstream says after it was asked to go on."""
+        self._resumed = True
+        self._reader = EventReader()
+        self.complete = False
+        self._tail.clear()
+        for choice in self._choices.values():
+            if any(channel.retry is not None for channel in choice.channels.values()):
+                choice.waiting.clear()
+                choice.finish_reason = None
+                choice.tokens = self._form.tokens(passing=self._passing)
+                choice.tokens.silence()
+                for channel in choice.channels.values():
+                    channel.go_on()
+
+    async def give_up(self) -> bytes:
+        """The upstream cannot go on: the choice ends as the policy says then. Raises StoreError."""
+        for choice in self._choices.values():
+            if not choice.ended:
+                for channel in choice.channels.values():
+                    if channel.moderator.rolled_back:
+                        choice.waiting.clear()
+                        channel.give_up()
+                        choice.blocked = True
+        return await self._advance()
 
     @property
     def held(self) -> int:
@@ -255,6 +321,8 @@ class AnswerStream:
         except RecursionError:
             error = UpstreamError("the upstream sent an event that is nested too deep")
         sent = await self._advance()
+        if self.retry is not None:
+            return sent
         if (self.complete or error is not None) and not self.done:
             sent += await self._end(error)
         return sent
@@ -266,7 +334,7 @@ class AnswerStream:
             StoreError: when a decision could not be kept.
         """
         sent = b"" if self.done or error is not None else await self.feed(b"\n\n")
-        if self.done:
+        if self.done or self.retry is not None:
             return sent
         if error is None and not (self._choices and all(self._ends(choice) for choice in self._choices.values())):
             error = UpstreamError("the upstream broke off before its answer was complete")
@@ -312,7 +380,9 @@ class AnswerStream:
         parts = Parts(dropped=self._dropped, passing=self._passing)
         head = without_text(chunk, TOP_FIELDS, self._judging.trusted, parts)
         self._usage = head.get("usage") or self._usage
-        if not self._head:
+        if self._resumed:
+            head = {**head, **self._head}
+        elif not self._head:
             self._head = {name: value for name, value in head.items() if name != "usage"}
         return head
 
@@ -328,6 +398,8 @@ class AnswerStream:
             choice = self._choices[index] = _Choice(index, self._judging.of_choice(index), tokens)
         if self._ends(choice):
             return
+        if self._resumed:
+            delta = {name: value for name, value in delta.items() if name != "role"}
         parts = Parts(dropped=choice.dropped, names=choice.names, passing=self._passing)
         take_apart(delta, self._known, parts)
         kept = without_text(rest, {}, self._judging.trusted, parts)
@@ -396,14 +468,28 @@ class AnswerStream:
         )
 
     async def _advance_choice(self, choice: _Choice, sent: list[bytes]) -> None:
+        if any(channel.retry is not None for channel in choice.channels.values()):
+            self._send_waiting(choice, sent)
+            return
         if not choice.blocked and choice.finish_reason is not None:
             choice.close_tokens()
             if not choice.blocked:
                 await self._conclude(choice)
         self._send_waiting(choice, sent)
         if choice.blocked:
-            await self._conclude(choice)
+            decision = await self._conclude(choice)
+            if decision is not None and ending_of(decision) is InterventionKind.REPLACE:
+                sent.append(self._message(choice, decision))
             sent.append(self._last_chunk(choice, "content_filter"))
+
+    def _message(self, choice: _Choice, decision: Decision) -> bytes:
+        """The policy's message, behind what has left of the text."""
+        judging = choice.judging
+        message = judging.policy.message_for(decision.rule, judging.scope.language)
+        if any(channel.moderator.released for channel in choice.channels.values()):
+            message = f"\n\n{message}"
+        said = {name: value for name, value in self._form.saying(message).items() if name != "role"}
+        return event(self._chunk(self._head, choice.index, said, None))
 
     def _send_waiting(self, choice: _Choice, sent: list[bytes]) -> None:
         while choice.waiting:
@@ -414,6 +500,9 @@ class AnswerStream:
             complete = not piece.texts
             if choice.blocked:
                 piece.finish_reason = None
+                if complete and not delta:
+                    choice.waiting.popleft()
+                    continue
             rest = {**piece.choice, **self._tokens_of(piece, choice)}
             chunk = self._chunk(piece.head, choice.index, delta, piece.finish_reason if complete else None, rest)
             if complete:
@@ -427,6 +516,8 @@ class AnswerStream:
     @staticmethod
     def _tokens_of(piece: _Piece, choice: _Choice) -> dict[str, Any]:
         """The log probabilities that go out with what goes out of a piece."""
+        if piece.masked:
+            choice.tokens.silence()
         for slot, text in piece.taken:
             choice.tokens.release(slot, text)
         told = choice.tokens.out(piece.frame)
@@ -448,8 +539,8 @@ class AnswerStream:
 
     # out
 
-    async def _conclude(self, choice: _Choice) -> None:
-        """Decide on a choice, and keep the decision."""
+    async def _conclude(self, choice: _Choice) -> Decision | None:
+        """Decide on a choice, and keep the decision; None when there was nothing to decide."""
         choice.ended = True
         judging = choice.judging
         choice.close_tokens()
@@ -461,6 +552,8 @@ class AnswerStream:
             if (decision := channel.moderator.close() or channel.moderator.decision) is not None
         ]
         self.released += sum(channel.moderator.released for channel in choice.channels.values())
+        if judging.delayed is not None and choice.channels:
+            judging.delayed(max(channel.moderator.delay_s for channel in choice.channels.values()))
         coverage = [part for channel in choice.channels.values() for part in channel.moderator.coverage]
         coverage += (*_dropped(choice.dropped, f"choices[{choice.index}]."), *_dropped(self._dropped))
         unjudged = choice.unjudged
@@ -468,21 +561,24 @@ class AnswerStream:
             decided.append((unjudged, None))
         if not decided:
             choice.field = undecided_field(judging.policy, coverage)
-            return
-        chosen, path = decided[judging.worst([decision for decision, _ in decided])]
-        decision = replace(chosen, coverage=tuple(coverage))
+            return None
+        listed = [one for one, _ in decided]
+        number = judging.worst(listed)
+        path = decided[number][1]
+        decision = of_stream(listed, number, coverage)
         if unjudged is not None and decision.observed is None:
             decision = replace(decision, observed=unjudged.observed)
         self.decisions.append(decision)
         identity = await judging.keep(decision, judging.prompt.then(turn_of(choice.texts())))
         choice.field = decision_field(decision, judging.policy, path=path, identity=identity)
+        return decision
 
     async def _end(self, error: UpstreamError | None) -> bytes:
         """Judge and let out what is left, then say how it ended."""
         for choice in self._choices.values():
             choice.end_all()
         sent = [await self._advance()]
-        if self.done:
+        if self.done or self.retry is not None:
             return sent[0]
         for choice in self._choices.values():
             if not choice.ended:
@@ -609,20 +705,33 @@ class _Whole:
             judge_text(judging, kind, path_of(self._index, slot), text, reasoning=thought, name=name)
             for (slot, kind, text), name in zip(texts, names, strict=True)
         )
-        decided = await asyncio.gather(*work)
+        decided = [as_found(one, text.text) for one, text in zip(await asyncio.gather(*work), texts, strict=True)]
         if not _any_blocks(decided):
             decided += refused
         number = judging.worst(decided)
         coverage = (*(part for one in decided for part in one.coverage), *self._unseen)
-        decision = replace(decided[number], coverage=coverage)
+        decision = of_whole(judging.policy, decided, number, coverage, sum(len(text.text) for text in texts))
         if unjudged is not None and decision.observed is None:
             decision = replace(decision, observed=unjudged.observed)
         identity = await judging.keep(decision, judging.prompt.then(turn_of(said)))
         path = path_of(self._index, texts[number].slot) if number < len(texts) else None
         field = decision_field(decision, judging.policy, path=path, identity=identity)
         if decision.action >= BLOCKS:
-            return self._stopped(judging.policy.message_for(decision.rule), field), decision
+            message = judging.policy.message_for(decision.rule, judging.scope.language)
+            return self._stopped("" if ending_of(decision) is InterventionKind.CUT else message, field), decision
+        self._mask([one.action is Action.REDACT for one in decided])
         return self._sent(field), decision
+
+    def _mask(self, redacted: Sequence[bool]) -> None:
+        """Take personal data out of the texts of which the policy says so, and all that could spell it."""
+        if not any(redacted):
+            return
+        self._texts = [
+            text._replace(text=mask(text.text)[0]) if taken_out else text
+            for text, taken_out in zip(self._texts, redacted, strict=False)
+        ]
+        if self._kept.get("logprobs") is not None:
+            self._kept["logprobs"] = None
 
     def _sent(self, field: dict[str, Any]) -> dict[str, Any]:
         for text in self._texts:

@@ -36,13 +36,15 @@ from tidegate.gateway.responses import ResponsesDoor, refuse_stored
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
 from tidegate.gateway.upstream import Upstream
-from tidegate.guards.base import StreamGuard
+from tidegate.guards.base import Guard, StreamGuard
 from tidegate.guards.breaker import Breaker, BreakerOptions
 from tidegate.guards.callers import CallersGuard
 from tidegate.guards.resilient import FALLBACK_DEADLINE_S, ResilientGuard
+from tidegate.guards.second import SecondGuard
 from tidegate.moderate import Keep, failure_of
 from tidegate.policy import PolicySource, Retention, WatchedPolicy
 from tidegate.policy.watching import Outcome
+from tidegate.settings import Continues
 from tidegate.types import Advice, Conversation, Decision, Severity
 
 if TYPE_CHECKING:
@@ -74,6 +76,9 @@ def create_app(
     keep: Keep | None = None,
     fallback: StreamGuard | None = None,
     breaker: BreakerOptions | None = None,
+    confirmer: Guard | None = None,
+    confirm_timeout_s: float = 20.0,
+    continues: Continues = "no",
     upstream_url: str | None = None,
     upstream_key: str | None = None,
     longest_body: int = DEFAULT_LONGEST_BODY,
@@ -101,6 +106,10 @@ def create_app(
         fallback: judges where the guard cannot and the policy says ``degraded: edge``; closed when the app shuts down.
             None when there is none: then that is a failure of the guard.
         breaker: when a guard that fails is left alone for a while; None for never.
+        confirmer: confirms the alarms of streams where the policy says so; closed when the app shuts down. None when
+            there is none: then an alarm is as if it had failed.
+        confirm_timeout_s: seconds that it may take for one answer, more than 0.
+        continues: how the upstream goes on from the beginning of an answer; see `tidegate.settings.Settings`.
         upstream_url: the LLM, as ``http://127.0.0.1:8000/v1``; None for a gateway that only moderates.
         upstream_key: sent to the upstream as bearer token; None sends the Authorization of each client on.
         longest_body: the most bytes of a request.
@@ -127,9 +136,10 @@ def create_app(
         InputError: when ``upstream_url`` is not an address, or the Redis of the entrance has none.
     """
     telemetry = Telemetry(tracing)
+    second = None if confirmer is None else SecondGuard(confirmer, timeout_s=confirm_timeout_s)
     gate = Entrance(entrance or EntranceOptions(), telemetry.registry)
     timed = TimedGuard(CallersGuard(guard), telemetry)
-    guarded = _guarded(gate.remembering(timed), fallback, breaker, guard_timeout_s, telemetry)
+    guarded = _guarded(gate.remembering(timed), fallback, breaker, guard_timeout_s, telemetry, second)
     patience_s = None if guard_timeout_s is None else guard_timeout_s + (FALLBACK_DEADLINE_S if fallback else 1.0)
     upstream = None
     if upstream_url is not None:
@@ -153,6 +163,7 @@ def create_app(
         client_timeout_s=client_timeout_s,
         trusted=frozenset(trusted_fields),
         judge_system=judge_system,
+        continues=continues,
         admit=gate.limits.admit_subject,
     )
     moderations = Moderations(
@@ -254,6 +265,7 @@ def _guarded(
     options: BreakerOptions | None,
     timeout_s: float | None,
     telemetry: Telemetry,
+    second: SecondGuard | None,
 ) -> ResilientGuard:
     """The guard as the gateway asks it."""
     breaker = None
@@ -266,6 +278,7 @@ def _guarded(
         breaker=breaker,
         deadline_s=timeout_s,
         tell_degraded=lambda kind: telemetry.degraded.labels(kind).inc(),
+        second=second,
     )
 
 

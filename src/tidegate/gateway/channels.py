@@ -11,17 +11,39 @@ from tidegate.gateway.schemas import mended, worst_decision
 from tidegate.gateway.unescaped import unescaped
 from tidegate.guards.base import StreamGuard, judges_together
 from tidegate.guards.session import assistant_turn
-from tidegate.moderate import StreamModerator, moderate
+from tidegate.moderate import Retry, StreamModerator, moderate
+from tidegate.personal import mask
 from tidegate.policy import UNJUDGED_ANSWER, Policy, decide
-from tidegate.types import Action, Channel, Conversation, Coverage, CoverageState, Decision, Scope
+from tidegate.types import (
+    Action,
+    Channel,
+    Conversation,
+    Coverage,
+    CoverageState,
+    Decision,
+    Intervention,
+    InterventionKind,
+    Scope,
+    Target,
+)
 
-__all__ = ["BLOCKS", "Judging", "KeepAnswer", "TextChannel", "judge_text"]
+__all__ = [
+    "BLOCKS",
+    "Judging",
+    "KeepAnswer",
+    "TextChannel",
+    "as_found",
+    "due_of",
+    "judge_text",
+    "of_stream",
+    "of_whole",
+]
 
 KeepAnswer = Callable[[Decision, Conversation], Awaitable[str | None]]
 """Keeps the decision on one choice, with the conversation that ends with it; returns its id when it has one."""
 
-BLOCKS: Final = Action.REDACT
-"""This action or a worse one keeps text from leaving: there is nobody here who could redact it."""
+BLOCKS: Final = Action.BLOCK
+"""This action keeps text from leaving. What is redacted leaves without what was taken out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +57,8 @@ class Judging:
         tools: the names that a tool call may have without being judged.
         timeout_s: seconds that the guard may take for each step; None for as long as it wants.
         trusted: names of fields that we do not know, but that the operator says carry no text of the model.
+        retries: whether the upstream can be asked to go on from a text that was rolled back.
+        delayed: told how many seconds the text of a choice was held, the longest of it; None when nobody wants to know.
         note: told of the decisions that a worse one on the same choice stands for; None when nobody wants to know.
     """
 
@@ -49,6 +73,8 @@ class Judging:
     note: Callable[[Iterable[Decision]], None] | None = None
     prompts: tuple[Conversation, ...] = ()
     each: int = 1
+    retries: bool = False
+    delayed: Callable[[float], None] | None = None
 
     def known(self, texts: Mapping[str, Channel]) -> Known:
         """What may pass, and which fields are texts."""
@@ -58,6 +84,12 @@ class Judging:
         """The same for one choice: with the prompt that it answers."""
         place = index // self.each
         return replace(self, prompt=self.prompts[place], prompts=()) if place < len(self.prompts) else self
+
+    @property
+    def masks(self) -> bool:
+        """Whether personal data may be taken out of the answer."""
+        rules = self.policy.for_scope(self.scope, Target.RESPONSE)
+        return rules.masks and not rules.quiet
 
     @property
     def passing(self) -> bool:
@@ -92,6 +124,7 @@ class TextChannel:
         ready: what was released and has not gone out yet.
         ending: whether another text has followed, or the choice has finished: this one is taken to be complete.
         moderator: watches it.
+        retry: from where the upstream is to go on; None while nobody has to ask it.
     """
 
     __slots__ = (
@@ -108,6 +141,7 @@ class TextChannel:
         "moderator",
         "path",
         "ready",
+        "retry",
         "slot",
     )
 
@@ -135,6 +169,7 @@ class TextChannel:
         self._json = json
         self._skip = 0
         self._complete = False
+        self.retry: Retry | None = None
         self.moderator = self._open()
 
     def _open(self) -> StreamModerator:
@@ -147,7 +182,9 @@ class TextChannel:
             channel=self.kind,
             path=self.path,
             timeout_s=with_.timeout_s,
-            **self._before,
+            retries=with_.retries and self.kind is Channel.ANSWER,
+            reasoning=self._before["reasoning"],
+            name=self._before["name"],
         )
 
     @property
@@ -197,14 +234,40 @@ class TextChannel:
                 text = self._resume() + text
             step = await self.moderator.feed(text)
             self._take(step.released)
+            self.retry = step.retry
             if step.decision is not None:
                 return True
+        if self.retry is not None:
+            return False
         if self.ending and not self._complete:
             self._complete = True
             step = await self.moderator.finish()
             self._take(step.released)
+            self.retry = step.retry
             return step.decision is not None and step.decision.action >= BLOCKS
         return False
+
+    def go_on(self) -> None:
+        """What comes next follows the text that was rolled back."""
+        self.retry = None
+        self.ending = self._complete = False
+        self._half = self._escape = ""
+        self._new.clear()
+
+    def give_up(self) -> None:
+        """The upstream cannot go on."""
+        self.retry = None
+        self.ending, self._complete = False, True
+        self._new.clear()
+        self.moderator.give_up()
+
+    def late(self) -> bool:
+        """Let out what may be held no longer, where the policy says so; returns whether the choice is blocked."""
+        if self.moderator.due_s != 0:
+            return False
+        step = self.moderator.late()
+        self._take(step.released)
+        return step.decision is not None
 
     def _take(self, released: str) -> None:
         skipped = min(self._skip, len(released))
@@ -237,3 +300,42 @@ async def judge_text(
         timeout_s=judging.timeout_s,
         coverage=(Coverage(path, kind, CoverageState.JUDGED, len(text)),),
     )
+
+
+# --- the decision on an answer whose texts were decided one by one ------------------------------------------------
+
+
+def due_of(channels: Iterable[TextChannel]) -> float | None:
+    """In how many seconds some of these are late if nothing comes before, at least 0; None for never."""
+    return min((due for channel in channels if (due := channel.moderator.due_s) is not None), default=None)
+
+
+def of_stream(decided: Sequence[Decision], number: int, coverage: Iterable[Coverage]) -> Decision:
+    """The decision on a stream: the one of this number, with what was done about every text."""
+    others = (one for place, one in enumerate(decided) if place != number)
+    done = (*(one for other in others for one in other.interventions), *decided[number].interventions)
+    leaked = sum(one.leaked for one in decided)
+    return replace(decided[number], coverage=tuple(coverage), interventions=done, leaked=leaked)
+
+
+def as_found(decision: Decision, text: str) -> Decision:
+    """REDACT is BLOCK where what was found stands in another text of the turn, such as its reasoning."""
+    if decision.action is Action.REDACT and not mask(text)[1]:
+        return replace(decision, action=Action.BLOCK, interventions=())
+    return decision
+
+
+def of_whole(
+    policy: Policy, decided: Sequence[Decision], number: int, coverage: Iterable[Coverage], characters: int
+) -> Decision:
+    """The decision on a whole answer: the one of this number, with what was done about every text.
+
+    A blocked one is replaced by the message, unless the policy says to cut; ``characters`` is how many it had.
+    """
+    decision = replace(decided[number], coverage=tuple(coverage))
+    if decision.action < BLOCKS:
+        return replace(decision, interventions=tuple(one for each in decided for one in each.interventions))
+    word = policy.intervention_for(decision.rule)
+    word = policy.rollback.then if word == "rollback" else word
+    kind = InterventionKind.CUT if word == "cut" else InterventionKind.REPLACE
+    return replace(decision, interventions=(Intervention(kind, "done", 1, characters),))

@@ -31,6 +31,8 @@ from tidegate.gateway.schemas import kind_of, refuse, weight_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.gateway.upstream import KeyHeader
+from tidegate.moderate import Retry
+from tidegate.settings import Continues
 from tidegate.types import Channel, Coverage, CoverageState, Role, ToolCall, Turn
 
 __all__ = ["ChatDoor", "ChatRequest", "read_chat"]
@@ -118,11 +120,33 @@ class ChatDoor:
         judged, _ = await judge_answer(answer, judging, choices=asked.choices)
         return judged
 
+    def again(self, asked: ChatRequest, retry: Retry, continues: Continues) -> dict[str, Any] | None:
+        """The turns with the answer's beginning behind them, and the hint where this upstream reads it."""
+        messages = asked.body["messages"]
+        if asked.choices != 1 or messages[-1].get("role") == "assistant":
+            return None
+        begun = [{"role": "assistant", "content": retry.prefix}] if retry.prefix else []
+        hint = {"role": "system", "content": retry.hint}
+        if continues == "no" or not begun:
+            return {**asked.body, "messages": [*messages, *begun, hint]}
+        body = {**asked.body, "messages": [*_hinted(messages, retry.hint), *begun]}
+        if continues == "vllm":
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return body
+
     def error(self, problem: Problem) -> dict[str, Any]:
         return problem.body
 
     def error_event(self, problem: Problem) -> bytes:
         return sse.event(problem.body)
+
+
+def _hinted(messages: list[Any], hint: str) -> list[Any]:
+    """The turns with a hint behind the system's first words: a template may take a system turn there only."""
+    first = messages[0]
+    if first.get("role") in ("system", "developer") and isinstance(first.get("content"), str):
+        return [{**first, "content": f"{first['content']}\n\n{hint}"}, *messages[1:]]
+    return [{"role": "system", "content": hint}, *messages]
 
 
 def _head(asked: ChatRequest) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from tidegate.gateway.forms import COMPLETION
 from tidegate.gateway.schemas import kind_of, refuse
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.upstream import KeyHeader
+from tidegate.moderate import Retry
+from tidegate.settings import Continues
 from tidegate.types import Channel, Conversation, Coverage, CoverageState, Role, Turn
 
 __all__ = ["CompletionRequest", "CompletionsDoor", "read_completion"]
@@ -161,6 +163,13 @@ class CompletionsDoor:
     async def judge(self, asked: CompletionRequest, answer: Any, judging: Judging) -> dict[str, Any]:
         judged, _ = await judge_answer(answer, _of_prompts(asked, judging), form=COMPLETION, choices=asked.choices)
         return judged
+
+    def again(self, asked: CompletionRequest, retry: Retry, continues: Continues) -> dict[str, Any] | None:
+        """A prompt that the answer's beginning was added to; the hint has no place in it."""
+        prompt = asked.body.get("prompt")
+        if asked.choices != 1 or not isinstance(prompt, str) or asked.body.get("echo") or asked.body.get("suffix"):
+            return None
+        return {**asked.body, "prompt": prompt + retry.prefix}
 
     def error(self, problem: Problem) -> dict[str, Any]:
         return problem.body

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,15 +29,17 @@ from tidegate.gateway import sse
 from tidegate.gateway.asked import Asked, PromptText, earlier_texts
 from tidegate.gateway.channels import BLOCKS, Judging
 from tidegate.gateway.history import judge_earlier
+from tidegate.gateway.redaction import is_out, masked_body, spared_of
 from tidegate.gateway.schemas import decision_field, read_body, worst_decision
 from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem, problem_of
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.gateway.upstream import KeyHeader, Upstream, UpstreamAnswer
 from tidegate.guards.base import StreamGuard
-from tidegate.moderate import Keep, moderate, surely
+from tidegate.moderate import Keep, Retry, moderate, surely
 from tidegate.policy import UNJUDGED_REQUEST, Policy, PolicySource, Retention, decide
-from tidegate.types import Conversation, Coverage, CoverageState, Decision, Scope
+from tidegate.settings import Continues
+from tidegate.types import Action, Conversation, Coverage, CoverageState, Decision, Scope, Target
 
 __all__ = ["Behind", "Door", "Endpoint", "Watch"]
 
@@ -65,6 +68,8 @@ class Watch(Protocol):
         complete: whether the upstream itself said that it has no more to say.
         error: what went wrong with the upstream; None when nothing did.
         released: how many characters of text went out.
+        retry: from where the upstream is to go on, instead of what it says now; None while it need not.
+        due_s: in how many seconds `late` is to be called if nothing comes before, at least 0; None for never.
     """
 
     done: bool
@@ -75,6 +80,24 @@ class Watch(Protocol):
     @property
     def held(self) -> int:
         """How many characters are held now."""
+        ...
+
+    @property
+    def retry(self) -> Retry | None: ...
+
+    @property
+    def due_s(self) -> float | None: ...
+
+    async def late(self) -> bytes:
+        """Nothing came, and what is held may be held no longer; returns what may go out. Raises StoreError."""
+        ...
+
+    def resume(self) -> None:
+        """What is fed next is what the upstream says after it was asked to go on."""
+        ...
+
+    async def give_up(self) -> bytes:
+        """The upstream cannot go on; returns the end for the client. Raises StoreError."""
         ...
 
     async def feed(self, data: bytes) -> bytes:
@@ -138,6 +161,10 @@ class Door(Protocol[A]):
         """
         ...
 
+    def again(self, asked: A, retry: Retry, continues: Continues) -> dict[str, Any] | None:
+        """The request that asks the upstream to go on from a text; None where this protocol or request has none."""
+        ...
+
     def error(self, problem: Problem) -> dict[str, Any]:
         """The body of an error."""
         ...
@@ -162,6 +189,7 @@ class Behind:
         client_timeout_s: seconds that the client may take nothing of what is sent; None for as long as it wants.
         trusted: names of upstream fields that the operator says carry no text of the model.
         judge_system: whether system and developer turns are judged too.
+        continues: how the upstream goes on from the beginning of an answer; see `tidegate.settings.Settings`.
         admit: counts a request about a subject, given its tenant and its name, and raises Problem where it has to wait;
             None lets all in.
     """
@@ -176,6 +204,7 @@ class Behind:
     client_timeout_s: float | None
     trusted: frozenset[str] = frozenset()
     judge_system: bool = False
+    continues: Continues = "no"
     admit: Admit | None = None
 
 
@@ -262,6 +291,9 @@ class _Exchange(Generic[A]):
         self._headers = headers
         self._body = body
         self._keeping: list[asyncio.Task[str | None]] = []
+        self._answers: list[UpstreamAnswer] = []
+        self._masks = self._policy.for_scope(scope, Target.PROMPT).masks and not self._policy.observe
+        self._changed = asked.body
         self._begun = False
         self._stopping = False
 
@@ -300,22 +332,13 @@ class _Exchange(Generic[A]):
         except TidegateError as error:
             await self._endpoint.tell(problem_of(error))(scope, receive, send)
             return
-        door = self._door
-        call = asyncio.ensure_future(
-            self._upstream.send(
-                "POST",
-                door.path,
-                headers=self._headers,
-                key_header=door.key_header,
-                body=self._body,
-                model=self._asked.model,
-            )
-        )
+        call = None if self._masks else asyncio.ensure_future(self._call(self._body))
         try:
             refusal = await self._judge_prompt(call)
             if refusal is not None:
                 response: ASGIApp = refusal
             else:
+                call = call or asyncio.ensure_future(self._call(self._body))
                 answer = await call
                 if self._asked.stream and answer.status == 200 and answer.media_type == _EVENT_STREAM:
                     await self._stream(answer, send)
@@ -329,9 +352,22 @@ class _Exchange(Generic[A]):
             response = self._endpoint.tell(problem)
         finally:
             await _drop(call)
+            for again in self._answers:
+                again.close()
             with contextlib.suppress(StoreError):
                 await self._settle()
         await response(scope, receive, send)
+
+    async def _call(self, body: bytes) -> UpstreamAnswer:
+        door = self._door
+        return await self._upstream.send(
+            "POST",
+            door.path,
+            headers=self._headers,
+            key_header=door.key_header,
+            body=body,
+            model=self._asked.model,
+        )
 
     # the prompt
 
@@ -359,12 +395,13 @@ class _Exchange(Generic[A]):
         self._keeping.append(task)
         return task
 
-    async def _judge_prompt(self, call: asyncio.Future[UpstreamAnswer]) -> ASGIApp | None:
+    async def _judge_prompt(self, call: asyncio.Future[UpstreamAnswer] | None) -> ASGIApp | None:
         """Judge what is new; returns what the client gets when that is blocked, else None."""
         asked, behind = self._asked, self._behind
         history = self._policy.history
         earlier = earlier_texts(asked.said, history.turns) if history.judge else ()
         if not asked.new and not earlier:
+            self._mask_prompt((), ())
             return None
         work = asyncio.gather(
             *(
@@ -382,9 +419,12 @@ class _Exchange(Generic[A]):
         decisions, before = await asyncio.gather(work, self._judge_earlier(earlier)) if earlier else (await work, [])
         decisions += before
         texts = (*asked.new, *earlier)
+        masked = self._mask_prompt(texts, decisions)
         number = _worst(decisions, len(asked.new))
         behind.telemetry.count_failures(one for place, one in enumerate(decisions) if place != number)
         decision = replace(decisions[number], coverage=tuple(_covered(asked, earlier, texts, decisions)))
+        if decision.action is Action.REDACT and not masked:
+            decision = replace(decision, action=Action.BLOCK, interventions=())
         kept = self._keep_prompt(decision)
         if decision.action < BLOCKS:
             return None
@@ -400,9 +440,39 @@ class _Exchange(Generic[A]):
             timeout_s=self._behind.guard_timeout_s,
         )
 
+    def _mask_prompt(self, texts: Sequence[PromptText], decisions: Sequence[Decision]) -> bool:
+        """Take personal data out of what goes to the upstream, where the policy says so; False when some is left."""
+        if not self._masks:
+            return False
+        asked = self._asked
+        redacted = [text for text, one in zip(texts, decisions, strict=True) if one.action is Action.REDACT]
+        taken_out = frozenset[str]().union(*(text.paths for text in redacted))
+        spared = {*spared_of(asked.unseen, asked.coverage)}.union(*(text.paths for text in asked.new)) - taken_out
+        self._changed, count = masked_body(asked.body, spared, taken_out)
+        if count:
+            self._body = _bytes_of(self._changed)
+        return not redacted or self._is_out(texts, redacted)
+
+    def _is_out(self, texts: Sequence[PromptText], redacted: Sequence[PromptText]) -> bool:
+        """Whether nothing personal is left in these texts of the request, as the door reads it now."""
+        try:
+            masked = self._door.read(self._changed, judge_system=self._behind.judge_system)
+        except (Problem, RecursionError):
+            return False
+        history = self._policy.history
+        left = (*masked.new, *(earlier_texts(masked.said, history.turns) if history.judge else ()))
+        if len(left) != len(texts):
+            return False
+        pairs = zip(texts, left, strict=True)
+        return all(
+            is_out(before.conversation.turns[-1], after.conversation.turns[-1])
+            for before, after in pairs
+            if any(before is one for one in redacted)
+        )
+
     def _refusal(self, decision: Decision, text: PromptText, identity: str | None) -> ASGIApp:
         field = decision_field(decision, self._policy, text=text, identity=identity)
-        message = self._policy.message_for(decision.rule)
+        message = self._policy.message_for(decision.rule, self._scope.language)
         if self._asked.stream:
             return _Events(self._door.refusal_events(self._asked, message, field))
         return JSONResponse(self._door.refusal(self._asked, message, field))
@@ -426,6 +496,8 @@ class _Exchange(Generic[A]):
             timeout_s=behind.guard_timeout_s,
             trusted=behind.trusted,
             note=behind.telemetry.count_failures,
+            retries=self._asked.stream and self._policy.may_roll_back,
+            delayed=behind.telemetry.added_delay.observe,
         )
 
     async def _keep_answer(self, decision: Decision, conversation: Conversation) -> str | None:
@@ -455,7 +527,7 @@ class _Exchange(Generic[A]):
         held = 0
         with telemetry.stream():
             try:
-                async for data in _advance(stream, answer):
+                async for data in self._advance(stream, answer):
                     telemetry.held.inc(stream.held - held)
                     held = stream.held
                     if stream.done:
@@ -487,6 +559,49 @@ class _Exchange(Generic[A]):
         if stream.complete:
             await answer.leave()
 
+    async def _advance(self, stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes]:
+        """Everything for the client, piece by piece, until all is said; the upstream is asked again where needed."""
+        tried = False
+        while True:
+            try:
+                async for data in _watched(stream, answer):
+                    yield data
+            except UpstreamError as error:
+                if not tried or stream.done:
+                    yield await stream.end(error)
+                    return
+                self._count_error(error)
+                yield await stream.give_up()
+                return
+            retry = stream.retry
+            if retry is None or stream.done:
+                return
+            answer.close()
+            tried = True
+            again = await self._again(retry)
+            if again is None:
+                yield await stream.give_up()
+                return
+            answer = again
+            stream.resume()
+
+    async def _again(self, retry: Retry) -> UpstreamAnswer | None:
+        """Ask the upstream to go on; None when it cannot."""
+        asked = replace(self._asked, body=self._changed)
+        body = self._door.again(asked, retry, self._behind.continues)
+        if body is None:
+            return None
+        try:
+            answer = await self._call(_bytes_of(body))
+        except UpstreamError as error:
+            self._count_error(error)
+            return None
+        self._answers.append(answer)
+        if answer.status != 200 or answer.media_type != _EVENT_STREAM:
+            self._behind.telemetry.upstream_errors.labels("status").inc()
+            return None
+        return answer
+
     def _count_error(self, error: TidegateError) -> None:
         if isinstance(error, UpstreamError):
             kind = {None: "malformed", 502: "broken", 504: "timeout"}.get(error.status, "broken")
@@ -498,17 +613,42 @@ def _stopped() -> Problem:
     return Problem(503, "this gateway is being stopped: ask again", "server_error", None, "stopping", _SOON)
 
 
-async def _advance(stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes]:
-    """Everything for the client, piece by piece, until all is said."""
+async def _watched(stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes]:
+    """What goes to the client of one answer of the upstream, up to its end or to where another is needed.
+
+    Raises:
+        UpstreamError: when it breaks off.
+    """
+    pieces = answer.pieces()
+    coming: asyncio.Future[bytes] | None = None
     try:
-        async for data in answer.pieces():
-            yield await stream.feed(data)
-            if stream.done:
+        while not stream.done and stream.retry is None:
+            due_s = stream.due_s
+            if due_s is None and coming is None:
+                data = await anext(pieces, None)
+            else:
+                coming = coming or asyncio.ensure_future(_next(pieces))
+                await asyncio.wait({coming}, timeout=due_s)
+                if not coming.done():
+                    yield await stream.late()
+                    continue
+                data, coming = coming.result() or None, None
+            if data is None:
+                yield await stream.end()
                 return
-    except UpstreamError as error:
-        yield await stream.end(error)
-        return
-    yield await stream.end()
+            yield await stream.feed(data)
+    finally:
+        if coming is not None:
+            coming.cancel()
+            await asyncio.wait({coming})
+
+
+def _bytes_of(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def _next(pieces: AsyncIterator[bytes]) -> bytes:
+    return await anext(pieces, b"")
 
 
 def _worst(decisions: Sequence[Decision], new: int) -> int:
@@ -560,8 +700,10 @@ async def _result(task: asyncio.Task[T]) -> T:
     return await task
 
 
-async def _drop(call: asyncio.Future[UpstreamAnswer]) -> None:
-    """End the upstream's request at once, however far it is."""
+async def _drop(call: asyncio.Future[UpstreamAnswer] | None) -> None:
+    """End the upstream's request at once, however far it is; nothing where there is none."""
+    if call is None:
+        return
     call.cancel()
     await asyncio.wait({call})
     if not call.cancelled() and call.exception() is None:

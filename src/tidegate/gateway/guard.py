@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -27,9 +27,11 @@ from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.guards.base import StreamGuard
-from tidegate.moderate import Keep, StreamModerator, moderate, surely
+from tidegate.moderate import Keep, Masked, StreamModerator, moderate, surely
+from tidegate.personal import find
 from tidegate.policy import Policy, PolicySource, Retention
 from tidegate.types import (
+    Action,
     Channel,
     Conversation,
     CoverageState,
@@ -51,6 +53,7 @@ __all__ = [
     "Keeping",
     "Reading",
     "failure_field",
+    "mask_field",
     "reported",
     "token_field",
 ]
@@ -223,6 +226,11 @@ def _span_field(span: Span | None) -> dict[str, int] | None:
     return None if span is None else {"start": span.start, "end": span.end}
 
 
+def mask_field(mask: Masked) -> dict[str, Any]:
+    """What stands in the place of personal data."""
+    return {"start": mask.start, "end": mask.start + len(mask.text), "text": mask.text}
+
+
 def failure_field(failure: GuardFailure | None) -> dict[str, str] | None:
     """Why a guard said nothing."""
     return None if failure is None else {"kind": failure.kind, "message": failure.message}
@@ -342,7 +350,7 @@ class GuardDoor:
         )
         turn, decision = _with_earlier(len(conversation.turns) - 1, decision, earlier)
         identity = await self._keep(decision, conversation, conversation.target.value, here.retention)
-        told = reported(decision, here, identity) | {"turn": turn}
+        told = reported(decision, here, identity) | {"turn": turn, "masks": list(_masks(decision, conversation))}
         if not tokens:
             return told
         texts = _written(conversation.turns[-1], len(conversation.turns) - 1)
@@ -380,7 +388,8 @@ class GuardDoor:
             Conversation(before) if before else None,
             channel=channel,
             timeout_s=self._guard_timeout_s,
-            **about,
+            reasoning=about.get("reasoning", ""),
+            name=about.get("name", ""),
         )
         try:
             steps = (await moderator.feed(text), await moderator.finish())
@@ -443,3 +452,16 @@ def _written(turn: Turn, place: int) -> Sequence[tuple[str, Channel, str, dict[s
         name = f"{path}.tool_calls[{number}].arguments"
         texts.append((name, Channel.TOOL_CALL, call.arguments, {**about, "name": call.name}))
     return texts
+
+
+def _masks(decision: Decision, conversation: Conversation) -> Iterator[dict[str, Any]]:
+    """What can stand in the place of the personal data of the last turn, where the policy says redact."""
+    if decision.action is not Action.REDACT:
+        return
+    turn, path = conversation.turns[-1], f"turns[{len(conversation.turns) - 1}]"
+    texts = [(f"{path}.content", turn.content), (f"{path}.reasoning", turn.reasoning)]
+    for number, call in enumerate(turn.tool_calls):
+        texts.append((f"{path}.tool_calls[{number}].arguments", call.arguments))
+    for where, text in texts:
+        for one in find(text):
+            yield {"path": where, **mask_field(Masked(one.start, one.mask))}

@@ -33,14 +33,14 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from tidegate.errors import InputError, SessionClosed, StoreError
 from tidegate.gateway.channels import BLOCKS
 from tidegate.gateway.draining import told_to_stop
-from tidegate.gateway.guard import Keeping, failure_field, reported, token_field
+from tidegate.gateway.guard import Keeping, failure_field, mask_field, reported, token_field
 from tidegate.gateway.live_frames import PROTOCOL, Close, Finish, Frame, Ids, Open, Text, Unreadable, read_frame
 from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.guards.base import IdGuard, StreamGuard
 from tidegate.guards.session import assistant_turn
-from tidegate.moderate import Keep, Step, StreamModerator
+from tidegate.moderate import Keep, Masked, Step, StreamModerator
 from tidegate.policy import PolicySource
 from tidegate.types import Conversation, Scope, TokenVerdict
 
@@ -390,7 +390,10 @@ class _Stream:
             reasoning=frame.reasoning,
             name=frame.name,
             timeout_s=door.guard_timeout_s,
+            masks=frame.masks,
         )
+        self._heard = asyncio.get_running_loop().time()
+        self._masks: list[Masked] = []
         self._pieces: list[str | tuple[int, ...]] = []
         self._new = asyncio.Event()
         self._sent = 0
@@ -437,6 +440,7 @@ class _Stream:
 
     def take(self, frame: Frame) -> None:
         """Note a frame of this stream."""
+        self._heard = asyncio.get_running_loop().time()
         match frame:
             case Text() | Ids() if frame.problem is not None:
                 self.fail("invalid_frame", frame.problem.message, frame.problem.where)
@@ -532,14 +536,33 @@ class _Stream:
         """Take what has come, or wait for it; whether the stream has ended."""
         if not self._pieces and not self._complete:
             self._new.clear()
-            async with asyncio.timeout(self._door.limits.idle_s):
-                await self._new.wait()
+            if not await self._waited():
+                return await self._told(self._moderator.late(), 0)
         for piece in self._gathered():
             if await self._told(await self._judged(piece), len(piece)):
                 return True
         if self._complete and not self._pieces:
             return await self._told(await self._moderator.finish(), 0)
         return False
+
+    async def _waited(self) -> bool:
+        """Wait for what comes next; False when what is held may be held no longer.
+
+        Raises:
+            TimeoutError: when nothing came for too long.
+        """
+        idle_until = self._heard + self._door.limits.idle_s
+        due_s = self._moderator.due_s
+        loop = asyncio.get_running_loop()
+        due = idle_until if due_s is None else min(idle_until, loop.time() + due_s)
+        try:
+            async with asyncio.timeout_at(due):
+                await self._new.wait()
+        except TimeoutError:
+            if due >= idle_until:
+                raise
+            return False
+        return True
 
     def _gathered(self) -> Iterator[str | tuple[int, ...]]:
         """All that waits, in few pieces: what is said of it does not depend on how it was cut."""
@@ -560,8 +583,11 @@ class _Stream:
     async def _told(self, step: Step, taken: int) -> bool:
         self._taken += taken
         self._connection.underway -= taken
+        if taken:  # only now does the client know that it may send more
+            self._heard = asyncio.get_running_loop().time()
         if self._frame.tokens:
             self._untold += step.tokens
+        self._masks += step.masks
         self._door.telemetry.held.inc(self._moderator.held - self._held)
         self._held = self._moderator.held
         if step.decision is None:
@@ -574,6 +600,8 @@ class _Stream:
     async def _send(self, kind: str, **more: Any) -> None:
         moderator = self._moderator
         tokens = self._untold
+        if self._frame.masks:
+            more["masks"] = [mask_field(mask) for mask in self._masks]
         await self._connection.send(
             kind,
             self._frame.stream,
@@ -584,7 +612,7 @@ class _Stream:
             failure=failure_field(moderator.failure),
             **more,
         )
-        self._untold = []
+        self._untold, self._masks = [], []
 
     async def _concluded(self, ending: _Ending) -> None:
         """The stream ends before its text does: tell it with the decision on what was judged."""

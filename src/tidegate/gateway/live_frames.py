@@ -44,6 +44,7 @@ class Open:
         scope: for whom.
         tokens: whether the verdict at each token is told.
         observe: whether the policy is only observed: the stream then is never stopped.
+        masks: whether the client puts masks into what it releases; else the stream is stopped instead.
         problem: why it cannot be opened; None when it can.
     """
 
@@ -56,6 +57,7 @@ class Open:
     scope: Scope = Scope()  # noqa: RUF009 - frozen
     tokens: bool = True
     observe: bool = False
+    masks: bool = False
     problem: InputError | None = None
 
     @property
@@ -100,7 +102,7 @@ class Close:
 
 Frame = Open | Text | Ids | Finish | Close
 _FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
-    "open": ("turns", "channel", "path", "reasoning", "name", "scope", "tokens", "observe"),
+    "open": ("turns", "channel", "path", "reasoning", "name", "scope", "tokens", "observe", "masks"),
     "text": ("text",),
     "ids": ("ids",),
     "finish": (),
@@ -192,6 +194,7 @@ def _open(stream: int, fields: dict[str, Any], base: Scope) -> Open:
             Reading.scope(fields.get("scope", {}), base),
             Reading.yes_or_no(fields.get("tokens", True), "tokens"),
             Reading.yes_or_no(fields.get("observe", False), "observe"),
+            Reading.yes_or_no(fields.get("masks", False), "masks"),
         )
     except InputError as error:
         return Open(stream, problem=error)

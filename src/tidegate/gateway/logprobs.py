@@ -38,10 +38,11 @@ class _Token(NamedTuple):
 class _Spelled:
     """The tokens of one text."""
 
-    __slots__ = ("_end", "_ready", "_released", "_text", "_waiting", "broken")
+    __slots__ = ("_end", "_ready", "_released", "_text", "_waiting", "broken", "silent")
 
     def __init__(self) -> None:
         self.broken = False
+        self.silent = False
         self._text = bytearray()
         self._waiting: deque[_Token] = deque()
         self._ready: deque[tuple[int, Any]] = deque()
@@ -50,6 +51,8 @@ class _Spelled:
 
     def add(self, text: str, tokens: Iterable[_Token]) -> None:
         """Take what came in one piece."""
+        if self.silent:
+            return
         self._text += text.encode("utf-8", "replace")
         self._waiting.extend(tokens)
         while self._waiting and not self.broken:
@@ -66,6 +69,12 @@ class _Spelled:
     def skip(self, text: str) -> None:
         """Text that comes without tokens, before the first of them."""
         self._end += _size_of(text)
+
+    def silence(self) -> None:
+        """Nothing more is said."""
+        self.silent = True
+        self._waiting.clear()
+        self._ready.clear()
 
     def release(self, text: str) -> None:
         """So much of the text leaves now."""
@@ -102,6 +111,10 @@ class Tokens(Protocol):
         """What goes out now in a frame; None when that is nothing."""
         ...
 
+    def silence(self) -> None:
+        """The text that leaves is not what these tokens spell: no more of them go out."""
+        ...
+
     def close(self, parts: Parts) -> None:
         """No more comes: what never spelled anything is dropped."""
         ...
@@ -128,6 +141,10 @@ class _ByText:
     def release(self, slot: Slot, text: str) -> None:
         if slot in self._spelled:
             self._spelled[slot].release(text)
+
+    def silence(self) -> None:
+        for spelled in self._spelled.values():
+            spelled.silence()
 
     def close(self, parts: Parts) -> None:
         count = sum(spelled.dropped() for spelled in self._spelled.values())

@@ -26,10 +26,13 @@ from tidegate.gateway.messages_answers import (
     named_event,
     refused,
     stopped_by,
+    text_block,
 )
 from tidegate.gateway.messages_asked import MessagesRequest, read_messages
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.upstream import KeyHeader
+from tidegate.moderate import Retry
+from tidegate.settings import Continues
 
 __all__ = ["BATCHES", "CountTokensDoor", "MessagesDoor", "MessagesEndpoint", "tell_batches"]
 
@@ -56,23 +59,23 @@ class MessagesDoor:
 
     def refusal_events(self, asked: MessagesRequest, message: str, field: dict[str, Any]) -> bytes:
         start = {**_head(asked), "content": [], "stop_reason": None, "stop_sequence": None, "usage": NO_USAGE}
-        block = {"type": "text", "text": "", "citations": None}
         events: tuple[dict[str, Any], ...] = (
             {"type": "message_start", "message": start},
-            {"type": "content_block_start", "index": 0, "content_block": block},
-            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": message}},
-            {"type": "content_block_stop", "index": 0},
+            *text_block(0, message),
             {"type": "message_delta", "delta": stopped_by(message), "usage": {"output_tokens": 0}, "tidegate": field},
             {"type": "message_stop"},
         )
         return b"".join(map(named_event, events))
 
     def watch(self, asked: MessagesRequest, judging: Judging) -> MessageStream:
-        return MessageStream(judging, stops=asked.stops)
+        return MessageStream(replace(judging, retries=False), stops=asked.stops)
 
     async def judge(self, asked: MessagesRequest, answer: Any, judging: Judging) -> dict[str, Any]:
         judged, _ = await judge_message(answer, judging, stops=asked.stops)
         return judged
+
+    def again(self, asked: MessagesRequest, retry: Retry, continues: Continues) -> dict[str, Any] | None:
+        return None
 
     def error(self, problem: Problem) -> dict[str, Any]:
         return error_body(problem)

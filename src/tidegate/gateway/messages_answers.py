@@ -11,19 +11,22 @@ No sockets here: bytes of the upstream go in, bytes for the client come out, in 
 - A text is taken to be complete when another begins. Should it go on, it is judged again from its beginning.
 - Signatures pass unchanged behind the thinking that they sign. Encrypted data passes, and the coverage says that it
   was not judged. Unknown events, deltas and blocks do not pass, and the coverage counts their text.
-- On a BLOCK the open block is closed, and the message ends with the stop_reason ``refusal``.
+- On a BLOCK the open block is closed, and the message ends with the stop_reason ``refusal``; where the policy says
+  replace, a block with its message comes before that.
+- Masked text leaves in the place of what it covers, in the values of a call's input and of a tool's result too.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, judge_text
+from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, as_found, due_of, judge_text, of_stream, of_whole
 from tidegate.gateway.deltas import Parts, is_place, without_text
 from tidegate.gateway.messages_blocks import (
     FLOWS,
@@ -31,6 +34,7 @@ from tidegate.gateway.messages_blocks import (
     Whole,
     head_of,
     labelled_fields,
+    put_whole,
     stop_details_of,
     stop_reason_of,
     stop_sequence_of,
@@ -42,9 +46,22 @@ from tidegate.gateway.schemas import decision_field, is_name, json_of, mended, u
 from tidegate.gateway.sse import EventReader, event
 from tidegate.gateway.statuses import ANTHROPIC_KINDS, Problem
 from tidegate.gateway.unescaped import unescaped
-from tidegate.types import Channel, Coverage, CoverageState, Decision, Role, Span, ToolCall, Turn
+from tidegate.moderate import Retry, ending_of
+from tidegate.personal import mask
+from tidegate.types import (
+    Action,
+    Channel,
+    Coverage,
+    CoverageState,
+    Decision,
+    InterventionKind,
+    Role,
+    Span,
+    ToolCall,
+    Turn,
+)
 
-__all__ = ["MessageStream", "error_body", "judge_message", "named_event", "refused", "stopped_by"]
+__all__ = ["MessageStream", "error_body", "judge_message", "named_event", "refused", "stopped_by", "text_block"]
 
 _DELTAS: Final = {"text_delta": ("text", "text"), "thinking_delta": ("thinking", "thinking")}
 """The deltas that carry text that flows: the type of their blocks, and the field of the text."""
@@ -74,11 +91,26 @@ def stopped_by(message: str) -> dict[str, Any]:
     return {"stop_reason": "refusal", "stop_sequence": None, "stop_details": details}
 
 
-def refused(head: Mapping[str, Any], message: str, usage: Mapping[str, Any], field: Any) -> dict[str, Any]:
-    """A whole message that says the policy's message instead of what was blocked."""
-    content = [{"type": "text", "text": message, "citations": None}]
+def refused(
+    head: Mapping[str, Any], message: str, usage: Mapping[str, Any], field: Any, *, cut: bool = False
+) -> dict[str, Any]:
+    """A whole message that says the policy's message instead of what was blocked, or nothing where it is cut."""
+    content = [] if cut else [{"type": "text", "text": message, "citations": None}]
     usage = {"input_tokens": 0, "output_tokens": 0, **usage}
     return {**head, "content": content, **stopped_by(message), "usage": usage, "tidegate": field}
+
+
+def text_block(index: int, text: str) -> tuple[dict[str, Any], ...]:
+    """The events of a block that has this text."""
+    return (
+        {
+            "type": "content_block_start",
+            "index": index,
+            "content_block": {"type": "text", "text": "", "citations": None},
+        },
+        {"type": "content_block_delta", "index": index, "delta": {"type": "text_delta", "text": text}},
+        {"type": "content_block_stop", "index": index},
+    )
 
 
 # --- where a text stands ------------------------------------------------------------------------------------------
@@ -182,6 +214,8 @@ class _Watched:
     name: str = ""
     length: int = 0
     """How many characters came in, those included that only the guard sees."""
+    put: Callable[[str], None] | None = None
+    """Puts a masked text in the place of one that leaves whole; None for a text that flows."""
 
 
 @dataclass(slots=True)
@@ -271,6 +305,31 @@ class MessageStream:
         self._usage: dict[str, Any] = {}
         self._waiting: deque[_Waiting] = deque()
         self._pings = 0
+        self._shown = 0
+        self._replaces = False
+
+    @property
+    def retry(self) -> Retry | None:
+        """Nothing is rolled back here."""
+        return None
+
+    @property
+    def due_s(self) -> float | None:
+        """In how many seconds `late` is to be called if nothing comes before, at least 0; None for never."""
+        return None if self._concluded else due_of(one.channel for one in self._texts)
+
+    async def late(self) -> bytes:
+        """Nothing came, and what is held may be held no longer. Raises StoreError."""
+        for one in self._texts:
+            self._blocked = one.channel.late() or self._blocked
+        return await self._advance()
+
+    def resume(self) -> None:
+        """Nothing is rolled back here."""
+
+    async def give_up(self) -> bytes:
+        """Nothing is rolled back here."""
+        return b""
 
     @property
     def held(self) -> int:
@@ -393,16 +452,17 @@ class MessageStream:
             self._flowing.channel.ending = True
             self._flowing = None
         start = {"type": "content_block_start", "index": block.number, "content_block": taken.plain, **self._rest(body)}
-        wholes = self._judge_whole(taken, block)
+        wholes = [
+            self._whole(one, f"content[{block.number}]{one.path}", partial(put_whole, taken.plain, one.slot))
+            for one in taken.wholes
+        ]
         self._waiting.append(_Waiting(start, wholes=wholes, hides=bool(taken.hidden), begins=block))
         if taken.flow:
             self._take_flow(block, taken.kind, f"{taken.kind}_delta", taken.flow, {}, {})
 
-    def _judge_whole(self, taken: Taken, block: _Block) -> list[_Watched]:
-        return [self._whole(whole, f"content[{block.number}]{whole.path}") for whole in taken.wholes]
-
-    def _whole(self, whole: Whole, path: str) -> _Watched:
+    def _whole(self, whole: Whole, path: str, put: Callable[[Any], None]) -> _Watched:
         watched = self._open(whole.channel, path, whole.name)
+        watched.put = lambda text: put(whole.masked(text))
         watched.length = len(watched.channel.add(whole.text))
         watched.flow.add(path, 0, watched.length)
         watched.channel.ending = True
@@ -514,9 +574,10 @@ class MessageStream:
         block.citations += 1
         self._hidden += taken.hidden
         plain = {"type": "citations_delta", "citation": citation, **self._rest(delta, f"{place}.")}
-        whole = self._judge_whole(taken, block)
+        put = partial(put_whole, plain, ("citation",))
+        wholes = [self._whole(one, f"{place}{one.path}", put) for one in taken.wholes]
         self._waiting.append(
-            _Waiting(_delta_event(block, plain, self._rest(rest)), wholes=whole, hides=bool(taken.hidden))
+            _Waiting(_delta_event(block, plain, self._rest(rest)), wholes=wholes, hides=bool(taken.hidden))
         )
 
     def _take_block_stop(self, body: dict[str, Any]) -> None:
@@ -557,7 +618,9 @@ class MessageStream:
         }
         if managed is not None:
             told["context_management"] = labelled_fields("context_management", managed, self._parts)
-        wholes = [] if explanation is None else [self._whole(explanation, explanation.path)]
+        wholes = []
+        if explanation is not None and details is not None:
+            wholes.append(self._whole(explanation, explanation.path, partial(put_whole, details, explanation.slot)))
         if plain["stop_reason"] is None:
             self._waiting.append(_Waiting(told, wholes=wholes))
         else:
@@ -616,6 +679,8 @@ class MessageStream:
                 return
             self.released += sum(whole.length for whole in one.wholes)
             for whole in one.wholes:
+                if whole.put is not None and whole.channel.ready != whole.channel.text:
+                    whole.put(whole.channel.ready)
                 whole.channel.ready = ""
             one.wholes = ()
             one.text = one.text[len(text) :]
@@ -642,6 +707,7 @@ class MessageStream:
             told["delta"] = {**told["delta"], one.put: text}
         if one.begins is not None:
             one.begins.begun = True
+            self._shown = one.begins.number + 1
         if one.ends is not None:
             one.ends.begun = False
         if one.last:
@@ -654,11 +720,19 @@ class MessageStream:
         for block in self._blocks.values():
             if block.begun:
                 sent.append(named_event({"type": "content_block_stop", "index": block.number}))
+        if self._replaces:
+            sent += map(named_event, self._told())
         usage = {"output_tokens": self._usage.get("output_tokens") or 0}
         delta = stopped_by(self._message)
         sent.append(named_event({"type": "message_delta", "delta": delta, "usage": usage, "tidegate": self._field}))
         self.complete = False
         self._finish(sent)
+
+    def _told(self) -> Iterator[dict[str, Any]]:
+        """A block with the policy's message, behind what has left."""
+        text = self._flows.get("text")
+        message = f"\n\n{self._message}" if text is not None and text.channel.moderator.released else self._message
+        yield from text_block(self._shown, message)
 
     def _finish(self, sent: list[bytes]) -> None:
         self.done = True
@@ -678,18 +752,23 @@ class MessageStream:
             part for watched in self._texts for part in watched.flow.coverage(watched.channel.moderator.coverage)
         ]
         coverage += (*self._hidden, *_dropped(self._parts.dropped))
+        if self._judging.delayed is not None and self._texts:
+            self._judging.delayed(max(watched.channel.moderator.delay_s for watched in self._texts))
         if self._refuses() and self._unjudged is not None and not _any_blocks(one for one, _ in decided):
             decided.append((self._unjudged, None))
         if not decided:
             self._field = undecided_field(self._judging.policy, coverage)
             return
-        chosen, flow = decided[self._judging.worst([decision for decision, _ in decided])]
-        decision = _observing(replace(chosen, coverage=tuple(coverage)), self._unjudged)
+        listed = [decision for decision, _ in decided]
+        number = self._judging.worst(listed)
+        flow = decided[number][1]
+        decision = _observing(of_stream(listed, number, coverage), self._unjudged)
         self.decisions.append(decision)
         said = [(one.channel.kind, one.channel.text, one.name) for one in self._texts if one.length]
         identity = await self._judging.keep(decision, self._judging.prompt.then(_turn(said)))
         self._field = _decision_field(decision, self._judging, flow, identity)
-        self._message = self._judging.policy.message_for(decision.rule)
+        self._message = self._judging.policy.message_for(decision.rule, self._judging.scope.language)
+        self._replaces = ending_of(decision) is InterventionKind.REPLACE
 
     async def _end(self, error: UpstreamError | None) -> bytes:
         """Judge and let out what is left, then say how it ended."""
@@ -732,8 +811,8 @@ async def judge_message(
     found = _Found(judging, parts)
     blocks = [block for one in content if (block := found.take(one)) is not None]
     details, explanation = stop_details_of(answer, parts)
-    if explanation is not None:
-        found.whole(explanation, explanation.path)
+    if explanation is not None and details is not None:
+        found.whole(explanation, explanation.path, partial(put_whole, details, explanation.slot))
     stop = {
         "stop_reason": stop_reason_of(answer, parts),
         "stop_sequence": stop_sequence_of(answer, stops, parts),
@@ -750,13 +829,16 @@ async def judge_message(
         decided += refusing
     number = judging.worst(decided)
     coverage = (*(part for one in decided for part in one.coverage), *unseen)
-    decision = _observing(replace(decided[number], coverage=coverage), unjudged)
+    characters = sum(len(one.text) for one in found.texts)
+    decision = _observing(of_whole(judging.policy, decided, number, coverage, characters), unjudged)
     said = [(one.channel, one.text, one.name) for one in found.texts]
     identity = await judging.keep(decision, judging.prompt.then(_turn(said)))
     flow = found.texts[number].flow if number < len(found.texts) else None
     field = _decision_field(decision, judging, flow, identity)
     if decision.action >= BLOCKS:
-        return refused(head, judging.policy.message_for(decision.rule), usage, field), decision
+        message = judging.policy.message_for(decision.rule, judging.scope.language)
+        return refused(head, message, usage, field, cut=ending_of(decision) is InterventionKind.CUT), decision
+    found.mask([one.action is Action.REDACT for one in decided])
     return {**passed, "tidegate": field}, decision
 
 
@@ -768,6 +850,8 @@ class _Text:
     flow: _Flow
     text: str = ""
     name: str = ""
+    puts: list[tuple[int, int, Callable[[str], None]]] = field(default_factory=list)
+    """What puts a masked part of it back, and which part that is."""
 
 
 class _Found:
@@ -791,19 +875,21 @@ class _Found:
         self._count += 1
         self.hidden += taken.hidden
         if taken.kind in FLOWS:
-            taken.plain[taken.kind] = self._add(taken.kind, mended(taken.flow), f"{place}.{taken.kind}")
+            put = partial(put_whole, taken.plain, (taken.kind,))
+            taken.plain[taken.kind] = self._add(taken.kind, mended(taken.flow), f"{place}.{taken.kind}", put)
         for whole in taken.wholes:
-            self.whole(whole, f"{place}{whole.path}")
+            self.whole(whole, f"{place}{whole.path}", partial(put_whole, taken.plain, whole.slot))
         self._last = taken.kind
         return taken.plain
 
-    def whole(self, whole: Whole, path: str) -> None:
+    def whole(self, whole: Whole, path: str, put: Callable[[Any], None]) -> None:
         """Take a text that stands alone."""
         text = _Text(whole.channel, _Flow(), whole.text, whole.name)
+        text.puts.append((0, len(whole.text), lambda masked: put(whole.masked(masked))))
         text.flow.add(path, 0, len(whole.text))
         self.texts.append(text)
 
-    def _add(self, kind: str, text: str, path: str) -> str:
+    def _add(self, kind: str, text: str, path: str, put: Callable[[str], None]) -> str:
         if text:
             if kind not in self._flows:
                 self._flows[kind] = _Text(FLOWS[kind], _Flow())
@@ -812,8 +898,17 @@ class _Found:
             if one.text and self._last != kind:
                 one.text += "\n"
             one.flow.add(path, len(one.text), len(text))
+            one.puts.append((len(one.text), len(one.text) + len(text), put))
             one.text += text
         return text
+
+    def mask(self, redacted: Sequence[bool]) -> None:
+        """Take personal data out of the texts of which the policy says so."""
+        for text, taken_out in zip(self.texts, redacted, strict=False):
+            if taken_out:
+                masked, _ = mask(text.text)
+                for start, end, put in text.puts:
+                    put(masked[start:end])
 
     async def judge(self) -> list[Decision]:
         """Judge every text by itself, as what it is."""
@@ -822,4 +917,4 @@ class _Found:
     async def _judge(self, text: _Text) -> Decision:
         thought = "" if "thinking" not in self._flows else self._flows["thinking"].text
         decision = await judge_text(self._judging, text.channel, "", text.text, reasoning=thought, name=text.name)
-        return replace(decision, coverage=tuple(text.flow.coverage(decision.coverage)))
+        return replace(as_found(decision, text.text), coverage=tuple(text.flow.coverage(decision.coverage)))

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.deltas import Known, Parts, without_text
+from tidegate.gateway.deltas import Known, Parts, Slot, without_text
 from tidegate.gateway.messages_asked import CALLS, SERVER_TOOLS, is_data, is_plain
 from tidegate.gateway.schemas import is_name, mended
 from tidegate.types import Channel, Coverage, CoverageState
@@ -28,6 +29,7 @@ __all__ = [
     "head_of",
     "input_text",
     "labelled_fields",
+    "put_whole",
     "stop_details_of",
     "stop_reason_of",
     "stop_sequence_of",
@@ -55,12 +57,16 @@ class Whole(NamedTuple):
         channel: what it is.
         text: all of it.
         name: the name of the called tool, for the input of a call; else "".
+        slot: the same place as the steps to it.
+        masked: the value that stands there when its text is this one, as long as before.
     """
 
     path: str
     channel: Channel
     text: str
     name: str = ""
+    slot: Slot = ()
+    masked: Callable[[str], Any] = str
 
 
 @dataclass(slots=True)
@@ -113,7 +119,7 @@ def take_block(block: Any, known: Known, parts: Parts, place: str) -> Taken | No
         _take_call(taken, rest, known, parts, place)
     elif taken.kind.endswith("_tool_result") and is_name(taken.kind):
         content = rest.pop("content", None)
-        taken.plain["content"] = _take_value(taken, "content", content, ".content", parts, place)
+        taken.plain["content"] = _take_value(taken, "content", content, ("content",), parts, place)
     elif taken.kind != "container_upload":
         parts.drop(taken.kind, block, f"{place}.")
         if not parts.passing:
@@ -160,7 +166,7 @@ def take_citation(taken: Taken, citation: Any, number: int, parts: Parts, place:
     """
     if not isinstance(citation, dict):
         raise UpstreamError("the upstream sent a citation in a shape that is not known")
-    return _take_value(taken, "citation", citation, f".citations[{number}]", parts, place)
+    return _take_value(taken, "citation", citation, ("citations", number), parts, place)
 
 
 def _take_call(taken: Taken, rest: dict[str, Any], known: Known, parts: Parts, place: str) -> None:
@@ -169,13 +175,13 @@ def _take_call(taken: Taken, rest: dict[str, Any], known: Known, parts: Parts, p
         raise UpstreamError("the upstream sent a tool's name in a shape that is not known")
     taken.name = taken.plain["name"] = mended(name)
     if name and name not in known.tools and not (taken.kind == "server_tool_use" and name in SERVER_TOOLS):
-        taken.wholes.append(Whole(".name", Channel.TOOL_CALL, taken.name))
+        taken.wholes.append(Whole(".name", Channel.TOOL_CALL, taken.name, slot=("name",)))
     given = rest.pop("input", {})
     taken.plain["input"] = given
     if given:
         text = mended(input_text(given))
         taken.plain["input"] = json.loads(text)
-        taken.wholes.append(Whole(".input", Channel.TOOL_CALL, text, taken.name))
+        taken.wholes.append(Whole(".input", Channel.TOOL_CALL, text, taken.name, ("input",), json.loads))
 
 
 def input_text(value: Any) -> str:
@@ -183,13 +189,42 @@ def input_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _take_value(taken: Taken, name: str, value: Any, path: str, parts: Parts, place: str) -> Any:
+def put_whole(plain: dict[str, Any], slot: Slot, value: Any) -> None:
+    """Put a value in its place in a block."""
+    inner: Any = plain
+    for step in slot[:-1]:
+        inner = inner[step]
+    inner[slot[-1]] = value
+
+
+def _take_value(taken: Taken, name: str, value: Any, slot: Slot, parts: Parts, place: str) -> Any:
     """What passes of a value, once all its strings are judged as one text."""
     found: list[str] = []
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in slot)
     kept = _walk(taken, name, value, found, parts, f"{place}{path}")
     if found:
-        taken.wholes.append(Whole(path, Channel.ANSWER, "\n".join(found)))
+        masked = partial(_with_text, name, kept)
+        taken.wholes.append(Whole(path, Channel.ANSWER, "\n".join(found), slot=slot, masked=masked))
     return kept
+
+
+def _with_text(name: str, kept: Any, text: str) -> Any:
+    """A value whose strings are those of another text, one after the other, each as long as before."""
+    begun = 0
+
+    def walk(name: str, value: Any) -> Any:
+        nonlocal begun
+        match value:
+            case str() if value and not is_data(name, value) and not is_plain(name, value):
+                start, begun = begun, begun + len(value) + 1
+                return text[start : begun - 1]
+            case list():
+                return [walk(name, inner) for inner in value]
+            case dict():
+                return {key: walk(key, inner) for key, inner in value.items()}
+        return value
+
+    return walk(name, kept)
 
 
 def _walk(taken: Taken, name: str, value: Any, found: list[str], parts: Parts, place: str) -> Any:
@@ -327,4 +362,5 @@ def stop_details_of(fields: Mapping[str, Any], parts: Parts) -> tuple[dict[str, 
     if not isinstance(explanation, str) or not explanation:
         return kept, None
     kept["explanation"] = mended(explanation)
-    return kept, Whole("stop_details.explanation", Channel.REFUSAL, kept["explanation"])
+    path = "stop_details.explanation"
+    return kept, Whole(path, Channel.REFUSAL, kept["explanation"], slot=("explanation",))

@@ -6,6 +6,7 @@ How a request reads is in `tidegate.gateway.responses_asked`, how answers are ju
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from starlette.requests import Request
@@ -27,6 +28,8 @@ from tidegate.gateway.responses_asked import read_responses
 from tidegate.gateway.responses_shown import events_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.upstream import KeyHeader
+from tidegate.moderate import Retry
+from tidegate.settings import Continues
 
 __all__ = ["ResponsesDoor", "refuse_stored"]
 
@@ -59,11 +62,14 @@ class ResponsesDoor:
         return b"".join(numbered(number, content) for number, content in enumerate(events))
 
     def watch(self, asked: Asked, judging: Judging) -> ResponseStream:
-        return ResponseStream(judging, asked.body, asked.model)
+        return ResponseStream(replace(judging, retries=False), asked.body, asked.model)
 
     async def judge(self, asked: Asked, answer: Any, judging: Judging) -> dict[str, Any]:
         judged, _ = await judge_response(answer, judging, asked.body)
         return judged
+
+    def again(self, asked: Asked, retry: Retry, continues: Continues) -> dict[str, Any] | None:
+        return None
 
     def error(self, problem: Problem) -> dict[str, Any]:
         return problem.body

@@ -15,7 +15,9 @@ What leaves of a stream, and what does not:
   with text. The coverage counts it.
 - Events are numbered anew, so that the client's numbers have no gaps.
 - On a BLOCK everything open is closed with what was released, and ``response.incomplete`` with ``content_filter`` is
-  the last event.
+  the last event; where the policy says replace, a message of the policy comes before that.
+- Masked text leaves in the place of what it covers, in the events that repeat it too. No log probabilities leave where
+  the policy may mask, whatever else it lets pass: they would spell the text.
 """
 
 from __future__ import annotations
@@ -29,15 +31,26 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tidegate.errors import UpstreamError
-from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, judge_text
+from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, as_found, due_of, judge_text, of_stream, of_whole
 from tidegate.gateway.deltas import OUR_FIELD, Slot, carries_text, is_json, is_place
-from tidegate.gateway.responses_parts import Found, Taken, fill, path_of, take, take_response, turn_of
-from tidegate.gateway.responses_shown import STREAMED, Shown, Streamed, place_of
+from tidegate.gateway.responses_parts import (
+    Found,
+    Taken,
+    fill,
+    path_of,
+    take,
+    take_response,
+    turn_of,
+    value_of,
+)
+from tidegate.gateway.responses_shown import STREAMED, Shown, Streamed, events_of, place_of
 from tidegate.gateway.schemas import decision_field, is_name, json_of, mended, undecided_field
 from tidegate.gateway.sse import EventReader, event
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.unescaped import unescaped, wholly_unescaped
-from tidegate.types import Channel, Coverage, CoverageState, Decision
+from tidegate.moderate import Retry, ending_of
+from tidegate.personal import mask
+from tidegate.types import Action, Channel, Coverage, CoverageState, Decision, InterventionKind
 
 __all__ = ["NO_USAGE", "ResponseStream", "error_event", "judge_response", "new_response", "numbered", "said_by_policy"]
 
@@ -198,6 +211,12 @@ class _Fill:
     value: Any
     rest: str
 
+    @property
+    def as_left(self) -> Any:
+        """The value, with what of its text was masked."""
+        left = self.text.channel.moderator.left
+        return self.value if left == self.text.text else value_of(left, self.value)
+
 
 @dataclass(slots=True)
 class _Piece:
@@ -217,7 +236,7 @@ class _Piece:
             return None, False
         for one in self.fills:
             one.text.channel.ready = one.text.channel.ready[len(one.rest) :]
-            fill(self.event, one.place, one.value)
+            fill(self.event, one.place, one.as_left)
         return self.event, True
 
     def _ready_delta(self, one: _Fill) -> tuple[dict[str, Any] | None, bool]:
@@ -297,6 +316,30 @@ class ResponseStream:
     def held(self) -> int:
         """How many characters are held now."""
         return 0 if self._concluded else sum(one.channel.held for one in self._all())
+
+    @property
+    def retry(self) -> Retry | None:
+        """Nothing is rolled back here."""
+        return None
+
+    @property
+    def due_s(self) -> float | None:
+        """In how many seconds `late` is to be called if nothing comes before, at least 0; None for never."""
+        return None if self._concluded else due_of(one.channel for one in self._all())
+
+    async def late(self) -> bytes:
+        """Nothing came, and what is held may be held no longer. Raises StoreError."""
+        for one in self._all():
+            one.blocked = one.channel.late() or one.blocked
+            self._blocked = self._blocked or one.blocked
+        return await self._advance()
+
+    def resume(self) -> None:
+        """Nothing is rolled back here."""
+
+    async def give_up(self) -> bytes:
+        """Nothing is rolled back here."""
+        return b""
 
     async def feed(self, data: bytes) -> bytes:
         """Take what the upstream sent; returns what may go to the client now, b"" when that is nothing.
@@ -586,7 +629,10 @@ class ResponseStream:
                 break
             self._waiting.popleft()
         if self._blocked:
-            sent += map(self._send, [*self._shown.closing(), self._filtered()])
+            sent += map(self._send, self._shown.closing())
+            if any(ending_of(one) is InterventionKind.REPLACE for one in self.decisions):
+                sent += map(self._send, self._told(self.decisions[0]))
+            sent.append(self._send(self._filtered()))
             self.done = True
         elif self._ending:
             self.done = self.complete = True
@@ -600,6 +646,11 @@ class ResponseStream:
         self._shown.note(said)
         self._number += 1
         return numbered(self._number - 1, said)
+
+    def _told(self, decision: Decision) -> Iterator[dict[str, Any]]:
+        """The events of an item with the policy's message, behind what has left."""
+        message = self._judging.policy.message_for(decision.rule, self._judging.scope.language)
+        yield from events_of(self._shown.next_place, said_by_policy(message), lambda text: [text])
 
     def _filtered(self) -> dict[str, Any]:
         """The last event of a response that the policy stopped."""
@@ -624,11 +675,15 @@ class ResponseStream:
         self.released = sum(text.channel.moderator.released for text in self._all())
         coverage = [part for text in self._all() for part in text.channel.moderator.coverage]
         coverage += _unseen(self._dropped)
+        if self._judging.delayed is not None and self._texts:
+            self._judging.delayed(max(text.channel.moderator.delay_s for text in self._all()))
         if not decided:
             self._field = undecided_field(self._judging.policy, coverage)
             return
-        chosen, path = decided[self._judging.worst([decision for decision, _ in decided])]
-        decision = replace(chosen, coverage=tuple(coverage))
+        listed = [decision for decision, _ in decided]
+        number = self._judging.worst(listed)
+        path = decided[number][1]
+        decision = of_stream(listed, number, coverage)
         if unjudged is not None and decision.observed is None:
             decision = replace(decision, observed=unjudged.observed)
         self.decisions = (decision,)
@@ -711,7 +766,8 @@ async def judge_response(
         decided += refused
     number = judging.worst(decided)
     coverage = (*(part for one in decided for part in one.coverage), *unseen)
-    decision = replace(decided[number], coverage=coverage)
+    characters = sum(len(one.text) for one in taken.texts)
+    decision = of_whole(judging.policy, decided, number, coverage, characters)
     if unjudged is not None and decision.observed is None:
         decision = replace(decision, observed=unjudged.observed)
     turn = turn_of((one.slot, one.channel, one.text) for one in taken.texts)
@@ -719,13 +775,16 @@ async def judge_response(
     path = path_of(taken.texts[number].slot) if number < len(taken.texts) else None
     response[OUR_FIELD] = decision_field(decision, judging.policy, path=path, identity=identity)
     if decision.action >= BLOCKS:
-        message = said_by_policy(judging.policy.message_for(decision.rule))
-        return {**response, **FILTERED, "error": None, "output": [message]}, decision
-    for one in taken.texts:
-        fill(response, one.slot, one.value)
+        message = said_by_policy(judging.policy.message_for(decision.rule, judging.scope.language))
+        output = [] if ending_of(decision) is InterventionKind.CUT else [message]
+        return {**response, **FILTERED, "error": None, "output": output}, decision
+    for one, said in zip(taken.texts, decided, strict=False):
+        masked = value_of(mask(one.text)[0], one.value) if said.action is Action.REDACT else one.value
+        fill(response, one.slot, masked)
     return response, decision
 
 
 async def _judge(one: Found, name: str, thought: str, judging: Judging) -> Decision:
     called = name if one.channel is Channel.TOOL_CALL and one.slot[-1] != "name" else ""
-    return await judge_text(judging, one.channel, path_of(one.slot), one.text, reasoning=thought, name=called)
+    said = await judge_text(judging, one.channel, path_of(one.slot), one.text, reasoning=thought, name=called)
+    return as_found(said, one.text)

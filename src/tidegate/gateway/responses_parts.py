@@ -35,7 +35,7 @@ from tidegate.gateway.schemas import is_name, mended
 from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.types import Channel, Role, ToolCall, Turn
 
-__all__ = ["Found", "Taken", "fill", "path_of", "take", "take_response", "turn_of"]
+__all__ = ["Found", "Taken", "fill", "path_of", "take", "take_response", "turn_of", "value_of"]
 
 
 class Found(NamedTuple):
@@ -51,18 +51,20 @@ class Found(NamedTuple):
 class Taken:
     """What was taken apart: the texts, and how many characters were dropped, by field.
 
-    ``whole`` says that nothing of it leaves before all of its texts are judged.
+    ``whole`` says that nothing of it leaves before all of its texts are judged. ``masks``: texts may leave masked, and
+    then nothing may that spells them.
     """
 
     known: Known
     texts: list[Found] = field(default_factory=list)
     parts: Parts = field(default_factory=Parts)
     whole: bool = False
+    masks: bool = False
 
     @classmethod
     def by(cls, judging: Judging, *, whole: bool = False) -> Taken:
         """Nothing yet, for an answer that is judged with these."""
-        return cls(judging.known({}), parts=Parts(passing=judging.passing), whole=whole)
+        return cls(judging.known({}), parts=Parts(passing=judging.passing), whole=whole, masks=judging.masks)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -184,7 +186,7 @@ def take(
     for name, inner in value.items():
         if name == "obfuscation":
             continue
-        if name == "logprobs" and taken.whole and inner and isinstance(inner, list):
+        if name == "logprobs" and taken.whole and not taken.masks and inner and isinstance(inner, list):
             passed: Any = _take_logprobs(inner, value.get("text"), taken, prefix)
         else:
             passed = _take_field(name, inner, (*slot, name), taken, channel, prefix)
@@ -197,8 +199,9 @@ def _take_field(name: str, value: Any, slot: Slot, taken: Taken, channel: Channe
     drop = partial(taken.parts.drop, name, prefix=prefix)
     if is_name(name) and (value is None or value == "" or isinstance(value, bool | int | float)):
         return value
-    if name == "logprobs" and value != [] and name not in taken.known.trusted:
+    if name == "logprobs" and value != [] and (taken.masks or name not in taken.known.trusted):
         passed = taken.unseen(name, value, prefix)
+        passed = GONE if taken.masks else passed
         return [] if passed is GONE and isinstance(value, list) else passed
     if name in _IDENTITIES:
         return _IDENTITIES[name](value, drop)
@@ -263,6 +266,11 @@ def _note(slot: Slot, channel: Channel, value: Any, taken: Taken) -> str:
     if text:
         taken.texts.append(Found(slot, channel, text, value))
     return ""
+
+
+def value_of(text: str, value: Any) -> Any:
+    """The value that another text of the same form stands for."""
+    return text if isinstance(value, str) else json.loads(text)
 
 
 def fill(kept: Any, slot: Slot, value: Any) -> None:

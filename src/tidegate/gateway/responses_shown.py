@@ -181,6 +181,11 @@ class Shown:
             yield {"type": "response.output_item.done", "output_index": number, "item": item.shown}
 
     @property
+    def next_place(self) -> int:
+        """The place in the output behind all items."""
+        return max(self._items, default=-1) + 1
+
+    @property
     def output(self) -> list[dict[str, Any]]:
         """All items as they were last shown."""
         return [item.shown for _, item in sorted(self._items.items())]

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from tidegate.gateway.asked import PromptText
 from tidegate.gateway.statuses import Problem
 from tidegate.policy import Policy
-from tidegate.types import Coverage, Decision, Span
+from tidegate.types import Action, Coverage, Decision, Span
 
 __all__ = [
     "Body",
@@ -212,6 +212,7 @@ def decision_field(
     ``path`` is where the judged text stands; ``text`` says it instead where messages were judged together.
     """
     verdict, failure = decision.verdict, decision.failure
+    stopped = decision.action is Action.BLOCK
     span = verdict.span if verdict else None
     if text is not None:
         path, span = text.where(span)
@@ -229,7 +230,18 @@ def decision_field(
         "where": _where(path, span),
         "advice": [advice.value for advice in decision.advice],
         "observed": _observed_field(decision),
-        "message": policy.message_for(decision.rule) if decision.action.word in ("block", "redact") else None,
+        "message": policy.message_for(decision.rule, decision.scope.language) if stopped else None,
+        "interventions": [
+            {
+                "kind": one.kind.value,
+                "outcome": one.outcome,
+                "count": one.count,
+                "characters": one.characters,
+                "tokens": one.tokens,
+            }
+            for one in decision.interventions
+        ],
+        "flagged_released": decision.leaked,
         "coverage": _coverage_field(decision.coverage),
     }
 
@@ -251,6 +263,8 @@ def undecided_field(policy: Policy, coverage: Sequence[Coverage]) -> dict[str, A
         "advice": [],
         "observed": None,
         "message": None,
+        "interventions": [],
+        "flagged_released": 0,
         "coverage": _coverage_field(coverage),
     }
 

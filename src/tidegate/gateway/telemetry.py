@@ -21,7 +21,7 @@ from tidegate.guards.base import IdSession, Session, StreamGuard
 from tidegate.guards.breaker import State
 from tidegate.guards.terms import Terms, on_terms
 from tidegate.policy import UNJUDGED_ANSWER, UNJUDGED_REQUEST, Policy
-from tidegate.types import Channel, Conversation, Decision, TokenVerdict, Verdict
+from tidegate.types import Channel, Conversation, Decision, InterventionKind, TokenVerdict, Verdict
 
 if TYPE_CHECKING:
     from tidegate.gateway.tracing import StreamSpan, Tracing
@@ -141,6 +141,27 @@ class Telemetry:
             "tidegate_released_characters", "Characters of streamed answers that were let out.", registry=self.registry
         )
 
+        self.interventions = Counter(
+            "tidegate_interventions",
+            "What was done to texts to carry decisions out, by how it ended.",
+            ("target", "kind", "outcome"),
+            registry=self.registry,
+        )
+        self.thrown = Counter(
+            "tidegate_rolled_back_characters", "Characters that were rolled back.", registry=self.registry
+        )
+        self.leaked = Counter(
+            "tidegate_leaked_characters",
+            "Characters that had left a stream when they were found to be flagged.",
+            registry=self.registry,
+        )
+        self.added_delay = Histogram(
+            "tidegate_added_delay_seconds",
+            "For each choice of a stream, how long its text was held before it left, the longest of it.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+
     def count(self, decision: Decision, target: str) -> None:
         """Count one decision about a ``prompt``, a ``response`` or a ``moderation``."""
         if self.tracing is not None:
@@ -152,6 +173,11 @@ class Telemetry:
             self.observed.labels(target, decision.action.word, decision.observed.action.word).inc()
         if decision.failure is not None and decision.failure not in (UNJUDGED_REQUEST, UNJUDGED_ANSWER):
             self.failures.labels(decision.failure.kind).inc()
+        for one in decision.interventions:
+            self.interventions.labels(target, one.kind.value, one.outcome).inc(one.count)
+            if one.kind is InterventionKind.ROLLBACK:
+                self.thrown.inc(one.characters)
+        self.leaked.inc(decision.leaked)
 
     def count_failures(self, decisions: Iterable[Decision]) -> None:
         """Count the guard's failures behind decisions that a worse one stands for."""

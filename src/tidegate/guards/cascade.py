@@ -27,7 +27,6 @@ recognition error and reject tradeoff".
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,9 +35,10 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tidegate.errors import GuardError, GuardOverloaded, GuardTimeout, GuardUnavailable, InputError
+from tidegate.errors import GuardError, GuardUnavailable, InputError
 from tidegate.guards.base import Guard, Session, StreamGuard, judges_together
 from tidegate.guards.rejudged import token_verdict
+from tidegate.guards.second import SecondGuard
 from tidegate.guards.session import TextSession, assistant_turn
 from tidegate.guards.spec_file import read_spec_file
 from tidegate.types import Channel, Conversation, Severity, Target, TokenVerdict, Turn, Verdict
@@ -179,7 +179,7 @@ class CascadeGuard:
         self.second = second
         self.config = config
         self.counts = CascadeCounts()
-        self._open_questions = 0
+        self._second = SecondGuard(second, timeout_s=config.second_timeout_s, most_asked=config.most_asked)
 
     @property
     def name(self) -> str:
@@ -238,23 +238,11 @@ class CascadeGuard:
             await self.second.close()
 
     async def _ask(self, conversation: Conversation) -> Verdict:
-        if self._open_questions >= self.config.most_asked:
-            self.counts.failed += 1
-            raise GuardOverloaded(f"{self._open_questions} questions to the second guard are open already")
-        self._open_questions += 1
         try:
-            async with asyncio.timeout(self.config.second_timeout_s):
-                return await self.second.judge(conversation)
-        except TimeoutError:
-            self.counts.failed += 1
-            raise GuardTimeout(
-                f"the second guard did not answer within {self.config.second_timeout_s:g} seconds"
-            ) from None
+            return await self._second.ask(conversation)
         except GuardError:
             self.counts.failed += 1
             raise
-        finally:
-            self._open_questions -= 1
 
 
 class CascadeSession(TextSession):

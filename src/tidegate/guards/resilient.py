@@ -26,6 +26,7 @@ from tidegate.errors import GuardError, GuardTimeout, GuardUnavailable, InputErr
 from tidegate.guards.around import GuardAround
 from tidegate.guards.base import IdSession, IdText, Session, StreamGuard
 from tidegate.guards.breaker import Breaker, Call
+from tidegate.guards.second import SecondGuard
 from tidegate.guards.session import TextSession, check_written
 from tidegate.guards.terms import Terms, on_terms
 from tidegate.types import Channel, Conversation, Span, TokenVerdict, Verdict
@@ -63,6 +64,7 @@ class ResilientGuard(GuardAround):
         breaker: leaves the guard alone while it is down; None for none.
         deadline_s: seconds that the guard may take for each call; terms can only make it shorter. None for no limit.
         tell_degraded: told of each text and stream for which the fallback stood in; None for nobody.
+        second: confirms the alarms of streams where a policy says so; closed with this one. None when there is none.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class ResilientGuard(GuardAround):
         breaker: Breaker | None = None,
         deadline_s: float | None = None,
         tell_degraded: TellDegraded | None = None,
+        second: SecondGuard | None = None,
     ) -> None:
         super().__init__(guard)
         self.fallback = fallback
         self.breaker = breaker
         self.deadline_s = deadline_s
+        self.second = second
         self.degraded = False
         self._tell_degraded = tell_degraded
 
@@ -89,6 +93,7 @@ class ResilientGuard(GuardAround):
             breaker=self.breaker,
             deadline_s=min((limit for limit in (self.deadline_s, terms.deadline_s) if limit is not None), default=None),
             tell_degraded=self._tell_degraded,
+            second=None if self.second is None else self.second.on_terms(terms),
         )
         termed.degraded = terms.degraded
         return termed
@@ -127,8 +132,9 @@ class ResilientGuard(GuardAround):
         try:
             await self.guard.close()
         finally:
-            if self.fallback is not None:
-                await self.fallback.close()
+            for other in (self.fallback, None if self.second is None else self.second.guard):
+                if other is not None:
+                    await other.close()
 
     async def id_text(self) -> IdText:
         """Begin to read the ids of one stream, as the guard does. Raises GuardError when it cannot."""

@@ -31,6 +31,7 @@ Pure: no clock, no network. Disk is read by `load_policy` and `WatchedPolicy` al
 
 from __future__ import annotations
 
+from tidegate.policy.carrying import Confirm, Hold, InterventionWord, Rollback
 from tidegate.policy.deciding import (
     DEFAULT_MESSAGE,
     RESERVED_NAMES,
@@ -68,10 +69,13 @@ __all__ = [
     "UNJUDGED_ANSWER",
     "UNJUDGED_REQUEST",
     "Change",
+    "Confirm",
     "Controversial",
     "Degraded",
     "Explanation",
     "History",
+    "Hold",
+    "InterventionWord",
     "Layer",
     "LayerKind",
     "OnGuardError",
@@ -79,6 +83,7 @@ __all__ = [
     "PolicySource",
     "Replay",
     "Retention",
+    "Rollback",
     "Rule",
     "ScopedPolicy",
     "UnjudgedAnswer",

@@ -10,6 +10,17 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+from tidegate.policy.carrying import (
+    HOLDING,
+    NO_CONFIRM,
+    ROLLBACK,
+    Confirm,
+    Hold,
+    InterventionWord,
+    Messages,
+    Rollback,
+    in_language,
+)
 from tidegate.policy.rules import (
     Controversial,
     Degraded,
@@ -78,6 +89,11 @@ _REPLACED: Final = (
     "history",
     "observe",
     "message",
+    "messages",
+    "intervention",
+    "hold",
+    "rollback",
+    "confirm",
 )
 """What a layer says in the place of what is below it."""
 UNJUDGED_HISTORY: Final = History()
@@ -115,6 +131,12 @@ class Policy:
         history: what becomes of earlier turns.
         observe: nothing is enforced: every decision is ALLOW, and says what it would have been.
         instructions: told to a generative guard beside its own policy; "" for none.
+        messages: the message for some languages; ``message`` is for all others.
+        intervention: how a BLOCK or REDACT is carried out on an answer; None cuts a stream, and puts the message in the
+            place of a whole answer.
+        hold: when text of a stream leaves.
+        rollback: how an answer is rolled back, where the intervention says so.
+        confirm: whether alarms of streams are confirmed by a stronger guard.
         layers: what is different for a region, a tenant, or a route. A policy that `at` gave has none.
         version: the first 12 hexadecimal digits of the SHA-256 of the canonical form, layers included.
 
@@ -141,6 +163,11 @@ class Policy:
     unjudged_answer: UnjudgedAnswer = "drop"
     history: History = UNJUDGED_HISTORY
     layers: tuple[Layer, ...] = ()
+    messages: Messages = ()
+    intervention: InterventionWord | None = None
+    hold: Hold = HOLDING
+    rollback: Rollback = ROLLBACK
+    confirm: Confirm = NO_CONFIRM
     version: str = field(init=False)
     _at: dict[Scope, Policy] = field(init=False, repr=False, compare=False, default_factory=dict)
     _scoped: dict[tuple[Scope, Target], ScopedPolicy] = field(
@@ -204,6 +231,11 @@ class Policy:
             "history": None if self.history == UNJUDGED_HISTORY else self.history.canonical(),
             "observe": self.observe,
             "instructions": self.instructions,
+            "messages": dict(self.messages),
+            "intervention": self.intervention,
+            "hold": None if self.hold == HOLDING else self.hold.canonical(),
+            "rollback": None if self.rollback == ROLLBACK else self.rollback.canonical(),
+            "confirm": None if self.confirm == NO_CONFIRM else self.confirm.canonical(),
             "layers": [layer.canonical() for layer in sorted(self.layers, key=lambda one: (one.height, one.pattern))],
         }
         return {key: value for key, value in said.items() if value}
@@ -294,12 +326,25 @@ class Policy:
             return Action.BLOCK if getattr(self, UNJUDGED[kind]) == "refuse" else Action.ALLOW
         return OnGuardError(self.on_guard_error, self.failure_actions).action(kind)
 
-    def message_for(self, rule: str) -> str:
-        """What the sender is shown when the rule of this name blocks."""
-        for candidate in self.rules:
-            if candidate.name == rule and candidate.message is not None:
-                return candidate.message
-        return self.message
+    def message_for(self, rule: str, language: str | None = None) -> str:
+        """What the sender is shown when the rule of this name blocks, in a language where there is a text in it."""
+        said = self._rule(rule)
+        if said is not None and said.message is not None:
+            return in_language(said.messages, language) or said.message
+        return in_language(self.messages, language) or self.message
+
+    def intervention_for(self, rule: str) -> InterventionWord | None:
+        """How a stop by the rule of this name is carried out; None for the usual way."""
+        said = self._rule(rule)
+        return self.intervention if said is None or said.intervention is None else said.intervention
+
+    @property
+    def may_roll_back(self) -> bool:
+        """Whether any stop here could be carried out by rolling back."""
+        return "rollback" in (self.intervention, *(rule.intervention for rule in self.rules))
+
+    def _rule(self, name: str) -> Rule | None:
+        return next((candidate for candidate in self.rules if candidate.name == name), None)
 
 
 def _lowered(action: Action, rule: str, at_most: Action) -> tuple[Action, str]:
@@ -311,12 +356,16 @@ def _lowered(action: Action, rule: str, at_most: Action) -> tuple[Action, str]:
 
 
 class _Choice(NamedTuple):
-    """What one rule chooses. ``place`` is its position in the order; the built-in choices come last."""
+    """What one rule chooses. ``place`` is its position in the order; the built-in choices come last.
+
+    ``redacts``: it is enough to take personal data out, where the text is of that kind.
+    """
 
     action: Action
     rule: str
     place: int
     advice: tuple[Advice, ...] = ()
+    redacts: bool = False
 
 
 _Entry = tuple[Severity, float, float, _Choice]
@@ -345,6 +394,7 @@ class ScopedPolicy:
         "_general",
         "_lift",
         "_thresholds",
+        "masks",
         "observing",
         "policy",
         "quiet",
@@ -361,7 +411,7 @@ class ScopedPolicy:
         self.observing = ScopedPolicy(policy, scope, target, enforced=False) if enforced and watched else None
         self.quiet = enforced and policy.observe
         end = len(policy.rules)
-        self._fallback = _Choice(policy.otherwise, "otherwise", end)
+        self._fallback = _Choice(policy.otherwise, "otherwise", end, redacts=policy.otherwise is Action.REDACT)
         self._controversial = (
             _Choice(Action.REVIEW, "controversial", end)
             if policy.controversial == "review" and policy.otherwise < Action.REVIEW
@@ -370,11 +420,13 @@ class ScopedPolicy:
         self._lift = policy.controversial == "unsafe"
         self._thresholds = dict(policy.thresholds)
         rules = [(place, rule) for place, rule in concerned if not (enforced and rule.observe)]
-        self._general = _entries(rules, None)
+        self._general = _entries(rules, None, policy)
         named = {category for _, rule in rules for category in rule.categories}
         if target is Target.RESPONSE:
             named.discard(Category.JAILBREAK.value)
-        self._by_category = {category: _entries(rules, category) for category in named}
+        self._by_category = {category: _entries(rules, category, policy) for category in named}
+        personal = self._by_category.get(Category.PII.value, self._general)
+        self.masks = any(choice.redacts for *_, choice in personal)
 
     def of(self, scope: Scope) -> ScopedPolicy:
         """The same for a scope that differs in its subject only: decisions are about that one."""
@@ -385,16 +437,22 @@ class ScopedPolicy:
 
     def action(self, token: TokenVerdict) -> Action:
         """What this token alone calls for. The same as deciding on a verdict that says what the token says."""
+        return self.call(token)[0]
+
+    def call(self, token: TokenVerdict) -> tuple[Action, bool]:
+        """What this token alone calls for, and whether it is enough to take personal data out."""
         if self.quiet:
-            return Action.ALLOW
+            return Action.ALLOW, False
         entries = self._general
-        category = token.category
+        category, personal = token.category, False
         if category is not None:
             threshold = self._thresholds.get(category)
             present = token.severity > 0 if threshold is None else token.category_probability >= threshold
             if present:
                 entries = self._by_category.get(category, entries)
-        return self._first(entries, token.severity, token.probabilities).action
+                personal = category == Category.PII.value
+        chosen = self._first(entries, token.severity, token.probabilities)
+        return chosen.action, chosen.redacts and personal
 
     def decide(self, verdict: Verdict, coverage: Iterable[Coverage] = ()) -> Decision:
         """Apply the policy to a verdict on this target."""
@@ -413,14 +471,26 @@ class ScopedPolicy:
             present.discard(Category.JAILBREAK.value)
         return sorted(present)
 
+    def redacts(self, verdict: Verdict) -> bool:
+        """Whether it is enough to take personal data out of the text: all that calls for a stop is of that kind."""
+        calling = [
+            (category, choice)
+            for category in self.present(verdict)
+            if (choice := self._chosen(verdict, category)).action >= Action.REDACT
+        ]
+        return bool(calling) and all(name == Category.PII.value and choice.redacts for name, choice in calling)
+
+    def _chosen(self, verdict: Verdict, category: str) -> _Choice:
+        entries = self._by_category.get(category, self._general)
+        return self._first(entries, verdict.severity, verdict.probabilities)
+
     def choose(self, verdict: Verdict | GuardFailure, coverage: tuple[Coverage, ...] = ()) -> Decision:
         """What the rules here choose, without a word on what is only observed."""
         if isinstance(verdict, GuardFailure):
             return self._choose_on_failure(verdict, coverage)
-        choices = [
-            self._first(self._by_category.get(category, self._general), verdict.severity, verdict.probabilities)
-            for category in self.present(verdict)
-        ] or [self._first(self._general, verdict.severity, verdict.probabilities)]
+        choices = [self._chosen(verdict, category) for category in self.present(verdict)] or [
+            self._first(self._general, verdict.severity, verdict.probabilities)
+        ]
         chosen = max(choices, key=lambda choice: (choice.action, -choice.place))
         advice = {advice for choice in choices for advice in choice.advice}
         return Decision(
@@ -458,17 +528,23 @@ class ScopedPolicy:
         return self._fallback if severity < Severity.CONTROVERSIAL else self._controversial
 
 
-def _entries(rules: Iterable[tuple[int, Rule]], category: str | None) -> tuple[_Entry, ...]:
+def _entries(rules: Iterable[tuple[int, Rule]], category: str | None, policy: Policy) -> tuple[_Entry, ...]:
     return tuple(
         (
             rule.severity,
             _ANY if rule.min_unsafe is None else rule.min_unsafe,
             _ANY if rule.min_flagged is None else rule.min_flagged,
-            _Choice(rule.action, rule.name, place, rule.advice),
+            _Choice(rule.action, rule.name, place, rule.advice, _takes_out(rule, policy)),
         )
         for place, rule in rules
         if not rule.categories or category in rule.categories
     )
+
+
+def _takes_out(rule: Rule, policy: Policy) -> bool:
+    """Whether a rule stops only what it cannot take out of the text."""
+    intervention = rule.intervention or policy.intervention
+    return rule.action is Action.REDACT or (rule.action is Action.BLOCK and intervention == "redact")
 
 
 def observed(decision: Decision, other: Decision, *, quiet: bool = False) -> Decision:

@@ -12,6 +12,18 @@ from typing import Any, Final, TypeVar, get_args
 import yaml
 
 from tidegate.errors import PolicyError
+from tidegate.policy.carrying import (
+    NO_CONFIRM,
+    Confirm,
+    Hold,
+    HoldMode,
+    InterventionWord,
+    Messages,
+    OnConfirmError,
+    Rollback,
+    RollbackThen,
+    WhenLate,
+)
 from tidegate.policy.deciding import RESERVED_NAMES, Policy
 from tidegate.policy.rules import (
     FAILURE_KINDS,
@@ -274,10 +286,12 @@ _RULE_KEYS: Final = (
     "advice",
     "message",
     "observe",
+    "intervention",
 )
 _PROBABILITY_KEYS: Final = ("unsafe", "flagged")
 _SCOPE_KEYS: Final = ("tenant", "region", "route", "language")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LANGUAGE: Final = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 _LONGEST_DEADLINE_MS: Final = 600_000
 _MOST_TURNS: Final = 8192
 
@@ -315,12 +329,19 @@ def _read_settings(keys: Mapping[str, _At], categories: Sequence[str]) -> dict[s
         "unjudged_answer": lambda at: _read_literal(at, UnjudgedAnswer, "treatment"),
         "history": _read_history,
         "observe": _At.yes_or_no,
-        "message": _read_message,
+        "message": _read_messages,
+        "intervention": lambda at: _read_literal(at, InterventionWord, "intervention"),
+        "hold": _read_hold,
+        "rollback": _read_rollback,
+        "confirm": _read_confirm,
         "instructions": _read_instructions,
         "thresholds": lambda at: _read_thresholds(at, categories),
         "rules": lambda at: _read_rules(at, categories),
     }
-    return {key: read[key](keys[key]) for key in read if key in keys}
+    said = {key: read[key](keys[key]) for key in read if key in keys}
+    if "message" in said:
+        said["message"], said["messages"] = said["message"]
+    return said
 
 
 def _optional(at: _At | None, read: Callable[[_At], T], default: T) -> T:
@@ -336,6 +357,69 @@ def _read_name(at: _At) -> str:
 
 def _read_message(at: _At) -> str:
     return at.text(longest=MAX_MESSAGE).strip()
+
+
+def _read_messages(at: _At) -> tuple[str, Messages]:
+    """A text for everybody, or one for each of some languages and a ``default``."""
+    if not isinstance(at.node, yaml.MappingNode):
+        return _read_message(at), ()
+    texts = {tag: (value, _read_message(value)) for tag, value in at.mapping(None, kind="language").items()}
+    if "default" not in texts:
+        raise at.error("the key 'default' is missing: it is for every language that has no text of its own")
+    default = texts.pop("default")[1]
+    folded: dict[str, str] = {}
+    for tag, (place, text) in texts.items():
+        if not _LANGUAGE.fullmatch(tag):
+            raise place.error(f"expected a BCP-47 tag such as de or pt-BR, or default, got {tag!r}")
+        if tag.casefold() in folded:
+            raise place.error(f"the language {tag.casefold()!r} is given twice")
+        folded[tag.casefold()] = text
+    return default, tuple(sorted(folded.items()))
+
+
+def _read_hold(at: _At) -> Hold:
+    if not isinstance(at.node, yaml.MappingNode):
+        return Hold(mode=_read_literal(at, HoldMode, "mode"))
+    keys = at.mapping(("mode", "risk", "leak", "delay_ms", "when_late"))
+    hold = Hold(
+        mode=_optional(keys.get("mode"), lambda one: _read_literal(one, HoldMode, "mode"), "hold"),
+        risk=_optional(keys.get("risk"), _At.probability, None),
+        leak=_optional(keys.get("leak"), lambda one: one.whole_number(0, 1_000_000), None),
+        delay_ms=_optional(keys.get("delay_ms"), lambda one: one.whole_number(1, _LONGEST_DEADLINE_MS), None),
+        when_late=_optional(keys.get("when_late"), lambda one: _read_literal(one, WhenLate, "way out"), "fail"),
+    )
+    if hold.delay_ms is None and "when_late" in keys:
+        raise keys["when_late"].error("nothing is ever late: say delay_ms too, or leave this out")
+    if hold.when_late == "release" and (hold.leak == 0 or (hold.leak is None and hold.mode == "hold")):
+        raise keys["when_late"].error("nothing may be released: say with leak how many characters may be")
+    if hold.mode == "hold" and hold.leak and hold.when_late != "release":
+        raise keys["leak"].error("mode: hold lets nothing out, so that this would never count: leave it out")
+    return hold
+
+
+def _read_rollback(at: _At) -> Rollback:
+    keys = at.mapping(("tries", "buffer", "hint", "then"))
+    usual = Rollback()
+    return Rollback(
+        tries=_optional(keys.get("tries"), lambda one: one.whole_number(1, 10), usual.tries),
+        buffer=_optional(keys.get("buffer"), lambda one: one.whole_number(0, 10_000), usual.buffer),
+        hint=_optional(keys.get("hint"), _read_instructions, usual.hint),
+        then=_optional(keys.get("then"), lambda one: _read_literal(one, RollbackThen, "intervention"), usual.then),
+    )
+
+
+def _read_confirm(at: _At) -> Confirm:
+    if not isinstance(at.node, yaml.MappingNode):
+        return Confirm() if at.yes_or_no() else NO_CONFIRM
+    keys = at.mapping(("deadline_ms", "on_error", "again_after"))
+    usual = Confirm()
+    return Confirm(
+        deadline_ms=_optional(keys.get("deadline_ms"), lambda one: one.whole_number(1, _LONGEST_DEADLINE_MS), None),
+        on_error=_optional(
+            keys.get("on_error"), lambda one: _read_literal(one, OnConfirmError, "way out"), usual.on_error
+        ),
+        again_after=_optional(keys.get("again_after"), lambda one: one.whole_number(1, 1_000_000), usual.again_after),
+    )
 
 
 def _read_instructions(at: _At) -> str:
@@ -425,10 +509,18 @@ def _read_rule(at: _At, categories: Sequence[str]) -> Rule:
     if target is Target.RESPONSE and Category.JAILBREAK.value in named:
         raise keys["categories"].error("Jailbreak is about prompts: a rule with target: response cannot name it")
     scope = keys["scope"].mapping(_SCOPE_KEYS) if "scope" in keys else {}
+    action = _read_action(keys["action"])
+    intervention = _optional(
+        keys.get("intervention"), lambda one: _read_literal(one, InterventionWord, "intervention"), None
+    )
+    if intervention is not None and action < Action.REDACT:
+        raise keys["intervention"].error(f"a rule that says {action.word} stops nothing: leave it out")
+    unsaid: tuple[str | None, Messages] = (None, ())
+    message, messages = _read_messages(keys["message"]) if "message" in keys else unsaid
     return Rule(
         name=name,
         severity=severity,
-        action=_read_action(keys["action"]),
+        action=action,
         min_unsafe=_optional(least.get("unsafe"), _At.probability, None),
         min_flagged=_optional(least.get("flagged"), _At.probability, None),
         categories=named,
@@ -438,7 +530,9 @@ def _read_rule(at: _At, categories: Sequence[str]) -> Rule:
         routes=_words(scope.get("route")),
         languages=_words(scope.get("language")),
         advice=tuple(Advice(word) for word in _words(keys.get("advice"), [a.value for a in Advice], "advice")),
-        message=_optional(keys.get("message"), _read_message, None),
+        message=message,
+        messages=messages,
+        intervention=intervention,
         observe=_optional(keys.get("observe"), _At.yes_or_no, False),
     )
 

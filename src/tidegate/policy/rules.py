@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Literal
 
+from tidegate.policy.carrying import Confirm, Hold, InterventionWord, Messages, Rollback
 from tidegate.types import Action, Advice, Scope, Severity, Target
 
 __all__ = [
@@ -51,6 +52,10 @@ SETTINGS: Final = (
     "observe",
     "message",
     "instructions",
+    "intervention",
+    "hold",
+    "rollback",
+    "confirm",
 )
 """What a policy and each of its layers can set, beside thresholds and rules."""
 
@@ -86,6 +91,8 @@ class Rule:
         languages: BCP-47 tags in any case; ``de`` also matches ``de-AT``.
         advice: what is suggested beside the action.
         message: shown to the sender when this rule blocks; None for the policy's.
+        messages: the same for some languages; ``message`` is for all others.
+        intervention: how a BLOCK or REDACT of this rule is carried out on an answer; None for as the policy says.
         observe: it is only watched: what it would have done is in the decision, and nothing is done.
     """
 
@@ -103,6 +110,8 @@ class Rule:
     advice: tuple[Advice, ...] = ()
     message: str | None = None
     observe: bool = False
+    messages: Messages = ()
+    intervention: InterventionWord | None = None
 
     def concerns(self, scope: Scope, target: Target) -> bool:
         """Whether the rule is for this scope and target; what the scope does not know matches no rule that asks."""
@@ -184,7 +193,8 @@ def canonical_rule(rule: Rule) -> dict[str, object]:
         "advice": sorted(set(rule.advice)),
         "message": rule.message,
     }
-    return content | ({"observe": True} if rule.observe else {})
+    newer = {"observe": rule.observe, "messages": dict(rule.messages), "intervention": rule.intervention}
+    return content | {key: value for key, value in newer.items() if value}
 
 
 # --- layers -------------------------------------------------------------------------------------------------------
@@ -258,6 +268,11 @@ class Layer:
         message: as in `Policy`.
         thresholds: laid over those below, category by category.
         instructions: added behind those below.
+        messages: as in `Policy`; said together with ``message``.
+        intervention: as in `Policy`.
+        hold: as in `Policy`.
+        rollback: as in `Policy`.
+        confirm: as in `Policy`.
     """
 
     kind: LayerKind
@@ -278,6 +293,11 @@ class Layer:
     unjudged_request: UnjudgedRequest | None = None
     unjudged_answer: UnjudgedAnswer | None = None
     history: History | None = None
+    messages: Messages | None = None
+    intervention: InterventionWord | None = None
+    hold: Hold | None = None
+    rollback: Rollback | None = None
+    confirm: Confirm | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
@@ -314,6 +334,11 @@ class Layer:
             "observe": self.observe,
             "message": self.message,
             "instructions": self.instructions,
+            "messages": dict(self.messages or ()) or None,
+            "intervention": self.intervention,
+            "hold": None if self.hold is None else self.hold.canonical(),
+            "rollback": None if self.rollback is None else self.rollback.canonical(),
+            "confirm": None if self.confirm is None else self.confirm.canonical(),
             "thresholds": {name: float(value) for name, value in self.thresholds.items()} or None,
             "without": sorted(set(self.without)) or None,
             "rules": [canonical_rule(rule) for rule in self.rules] or None,

@@ -45,6 +45,8 @@ from tidegate.types import (
     CoverageState,
     Decision,
     GuardFailure,
+    Intervention,
+    InterventionKind,
     Observed,
     Probabilities,
     Scope,
@@ -448,6 +450,7 @@ def _row(
             for c in decision.coverage
         ],
         "observed": _observed(decision.observed),
+        "interventions": _interventions(decision),
         "retention": retention,
         "conversation": text,
         "fingerprint": mark,
@@ -455,6 +458,12 @@ def _row(
         **_verdict_columns(decision.verdict, retention),
         **_failure_columns(decision),
     }
+
+
+def _interventions(decision: Decision) -> Row | None:
+    if not decision.interventions and not decision.leaked:
+        return None
+    return {"leaked": decision.leaked, "done": [asdict(one) for one in decision.interventions]}
 
 
 def _observed(observed: Observed | None) -> Row | None:
@@ -528,6 +537,8 @@ def _kept(row: Mapping[Any, Any]) -> KeptDecision:
         ),
         advice=tuple(Advice(advice) for advice in row["advice"]),
         observed=_kept_observed(row["observed"]),
+        interventions=_kept_interventions(row["interventions"]),
+        leaked=(row["interventions"] or {}).get("leaked", 0),
     )
     return KeptDecision(
         id=row["id"],
@@ -538,6 +549,11 @@ def _kept(row: Mapping[Any, Any]) -> KeptDecision:
         fingerprint=row["fingerprint"],
         subject=row["subject"],
     )
+
+
+def _kept_interventions(found: Mapping[str, Any] | None) -> tuple[Intervention, ...]:
+    done = (found or {}).get("done", ())
+    return tuple(Intervention(**{**one, "kind": InterventionKind(one["kind"])}) for one in done)
 
 
 def _kept_observed(found: Mapping[str, Any] | None) -> Observed | None:

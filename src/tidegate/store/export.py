@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from tidegate.store.decisions import KeptDecision
@@ -44,6 +45,8 @@ def export_row(kept: KeptDecision) -> dict[str, Any]:
         "route": decision.scope.route,
         "language": decision.scope.language,
         "subject": kept.subject,
+        "interventions": [asdict(one) for one in decision.interventions],
+        "leaked": decision.leaked,
         "coverage": [
             {"path": c.path, "channel": c.channel.value, "state": c.state.value, "characters": c.characters}
             for c in decision.coverage

@@ -20,6 +20,7 @@ GROUP: Final = 10_000
 """Decisions in one row group, which is also what is held in memory at once."""
 
 _TEXT: Final = pa.string()
+_COUNTS: Final = ("count", "characters", "tokens")
 _SCHEMA: Final = pa.schema(
     [
         pa.field("id", _TEXT, nullable=False),
@@ -41,6 +42,16 @@ _SCHEMA: Final = pa.schema(
         pa.field("span", pa.list_(pa.int64())),
         pa.field("failure", pa.struct([("kind", _TEXT), ("message", _TEXT)])),
         *(pa.field(name, _TEXT) for name in ("tenant", "region", "route", "language", "subject")),
+        pa.field(
+            "interventions",
+            pa.list_(
+                pa.struct(
+                    [("kind", _TEXT), ("outcome", _TEXT), *((name, pa.int64()) for name in _COUNTS)],
+                )
+            ),
+            nullable=False,
+        ),
+        pa.field("leaked", pa.int64(), nullable=False),
         pa.field(
             "coverage",
             pa.list_(pa.struct([("path", _TEXT), ("channel", _TEXT), ("state", _TEXT), ("characters", pa.int64())])),

@@ -1,32 +1,27 @@
 """What is kept of a text: all of it, the text without what looks personal, or only a keyed fingerprint.
 
-Redaction goes by form: e-mail addresses, phone and card numbers, IBANs, network addresses, long runs of digits, keys,
-and URLs that carry a password or a token. It prefers to take too much. It cannot see names, postal addresses, or
-numbers that are spelled out: a policy that must not keep those says ``retention: hash``.
+Redaction goes by form, as `tidegate.personal` says: the same finds what is masked in an answer on its way. It cannot
+see names, postal addresses, or numbers that are spelled out: a policy that must not keep those says
+``retention: hash``.
 
 The fingerprint is an HMAC with a key that never leaves the installation, and not a plain hash: texts are short and
 often guessable (a phone number has few possible values), so whoever gets hold of plain hashes can try candidates until
 one fits. Without the key that is not possible, while the installation itself still sees that a text came twice.
-
-Every expression here takes time linear in the text, whatever the text is.
 """
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import hmac
-import ipaddress
 import json
 import os
-import re
 import secrets
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from tidegate.personal import words
 from tidegate.types import Conversation, Role, ToolCall, Turn
 
 __all__ = [
@@ -43,47 +38,14 @@ __all__ = [
 ]
 
 KEY_BYTES: Final = 32
-PIECE: Final = 16 * 1024
-"""About how many characters are redacted in one go."""
 
 
 # --- redaction ----------------------------------------------------------------------------------------------------
 
-_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://\S+")
-_URL_LOGIN: Final = re.compile(r"://[^/?#@]*@")
-_URL_TOKEN: Final = re.compile(
-    r"[?&;#](?:[\w.-]{0,40}[_.-])?(?:token|key|apikey|secret|password|passwd|pwd|sig|signature|auth|code|session)=[^&]",
-    re.IGNORECASE,
-)
-_EMAIL: Final = re.compile(r"(?<![\w.+%'-])[\w.+%'-]+@(?:[\w-]+\.)+[\w-]{2,}")
-_IBAN_START: Final = re.compile(r"(?<![^\W_])[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}")
-_MAC: Final = re.compile(r"(?<![\w:-])(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}(?![\w:-])")
-_IPV4: Final = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?!\d)")
-_IPV6: Final = re.compile(r"(?<![\w:.])[0-9A-Fa-f:.]{3,45}(?![\w:])")
-_KEY: Final = re.compile(r"(?<![\w-])[A-Za-z0-9_-]{24,}(?![\w-])")
-_DIGITS: Final = re.compile(r"(?<!\d)\+?\(?\d(?:[ \t\u00a0\u2009\u202f().\-/]{0,3}\d){6,}")
-_CUT: Final = re.compile(r"\n|(?<=[^\W\d])\s(?=[^\W\d])")
-_DATE: Final = re.compile(r"(\d{4})([-./])(\d{1,2})\2(\d{1,2})|(\d{1,2})([-./])(\d{1,2})\6(\d{4})")
-
 
 def redact(text: str) -> str:
     """The text with everything that looks personal replaced by a word in square brackets, as ``[email]``."""
-    return "".join(_redact_piece(piece) for piece in _pieces(text))
-
-
-def _redact_piece(text: str) -> str:
-    for pattern, replace in _STEPS:
-        text = pattern.sub(replace, text)
-    return text
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text where nothing personal goes across: while one expression runs, no other thread does."""
-    start = 0
-    while len(text) - start > PIECE and (cut := _CUT.search(text, start + PIECE)):
-        yield text[start : cut.end()]
-        start = cut.end()
-    yield text[start:]
+    return words(text)
 
 
 def redact_conversation(conversation: Conversation) -> Conversation:
@@ -99,94 +61,6 @@ def redact_conversation(conversation: Conversation) -> Conversation:
             for turn in conversation.turns
         )
     )
-
-
-def _url(match: re.Match[str]) -> str:
-    url = match.group()
-    return "[url]" if _URL_LOGIN.search(url) or _URL_TOKEN.search(url) else url
-
-
-def _iban(match: re.Match[str]) -> str:
-    """Replace the longest part from the start that has a valid check number; what follows it stays."""
-    text = match.group()
-    for end in range(len(text), 14, -1):
-        candidate = text[:end].replace(" ", "").replace("-", "")
-        if text[end - 1].isalnum() and len(candidate) >= 15 and _mod_97(candidate) == 1:
-            return "[iban]" + text[end:]
-    return text
-
-
-def _mod_97(iban: str) -> int:
-    turned = (iban[4:] + iban[:4]).upper()
-    return int("".join(str(int(character, 36)) for character in turned)) % 97
-
-
-def _address(match: re.Match[str]) -> str:
-    text = match.group()
-    bare = text.rstrip(".:" if not text.endswith("::") else ".")
-    if bare.count(":") < 2 and bare.count(".") != 3:
-        return text
-    try:
-        ipaddress.ip_address(bare)
-    except ValueError:
-        return text
-    return "[ip]" + text[len(bare) :]
-
-
-def _ipv4(match: re.Match[str]) -> str:
-    return "[ip]" if all(int(part) <= 255 for part in match.group().split(".")) else match.group()
-
-
-def _key(match: re.Match[str]) -> str:
-    text = match.group()
-    digits = sum(character.isdigit() for character in text)
-    return "[key]" if digits >= 3 and digits < len(text) else text
-
-
-def _number(match: re.Match[str]) -> str:
-    text = match.group()
-    if _is_date(text):
-        return text
-    digits = [int(character) for character in text if character.isdigit()]
-    if 13 <= len(digits) <= 19 and _luhn(digits):
-        return "[card]"
-    if len(digits) <= 15 and (text[0] in "+(0" or len(digits) < len(text)):
-        return "[phone]"
-    return "[number]"
-
-
-def _is_date(text: str) -> bool:
-    match = _DATE.fullmatch(text)
-    if match is None:
-        return False
-    if match[1]:
-        year, month, day = int(match[1]), int(match[3]), int(match[4])
-    else:
-        year, month, day = int(match[8]), int(match[7]), int(match[5])
-        if month > 12:
-            month, day = day, month
-    try:
-        datetime.date(year, month, day)
-    except ValueError:
-        return False
-    return 1000 <= year <= 2999
-
-
-def _luhn(digits: list[int]) -> bool:
-    doubled = (digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2])
-    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
-
-
-_STEPS: Final[tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...]] = (
-    (_URL, _url),
-    (_EMAIL, lambda _: "[email]"),
-    (_IBAN_START, _iban),
-    (_MAC, lambda _: "[mac]"),
-    (_IPV4, _ipv4),
-    (_IPV6, _address),
-    (_KEY, _key),
-    (_DIGITS, _number),
-)
 
 
 # --- fingerprints -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tidegate.store.tables import keys_table
 
 __all__ = ["NEWEST", "VERSION_TABLE", "ensure_schema"]
 
-NEWEST: Final = "0004"
+NEWEST: Final = "0005"
 """The last step. Steps are numbered, so that a newer database can be told from a damaged one."""
 VERSION_TABLE: Final = "tidegate_version"
 

@@ -91,6 +91,7 @@ decisions_table = sa.Table(
     sa.Column("fingerprint", sa.String(100), index=True),
     sa.Column("subject", sa.String(100), index=True),
     sa.Column("observed", Json),
+    sa.Column("interventions", Json),
     sa.CheckConstraint("(severity IS NULL) <> (failure_kind IS NULL)", name="verdict_or_failure"),
     sa.CheckConstraint("retention <> 'hash' OR conversation IS NULL", name="hash_keeps_no_text"),
     sqlite_autoincrement=True,

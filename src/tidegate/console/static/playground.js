@@ -164,7 +164,7 @@
   function showDecision({ decision, verdict, failure, message, about }) {
     const action = decision.action;
     const words = { allow: "Allow", warn: "Warn", review: "Review", redact: "Redact", block: "Block" };
-    const meaning = { allow: "", warn: "Passes, with a mark.", review: "Passes, and a person looks at it." };
+    const meaning = { allow: "", warn: "Passes, with a mark.", review: "Passes, and a person looks at it.", redact: "Passes, with personal data masked." };
     $("decision").dataset.action = action;
     $("decision-title").textContent = `Decision on the ${about}`;
     $("action").textContent = words[action] ?? action;
@@ -183,7 +183,7 @@
       $("cut").textContent = "The prompt was blocked: no answer was let through";
     } else if (action === "block") say("stopped", `Stopped after ${shown}`);
     else if (failure) say("noticed", `Passed unjudged after ${shown}, as the policy says`);
-    else if (action === "redact") say("stopped", `Stopped after ${shown}`);
+    else if (action === "redact") say("noticed", `Passed with personal data masked: ${shown}`);
     else if (action === "allow") say("passed", `Passed whole: ${shown}`);
     else say("noticed", `Passed whole, ${action === "warn" ? "marked" : "for review"}: ${shown}`);
   }

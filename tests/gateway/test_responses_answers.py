@@ -821,7 +821,47 @@ async def test_an_echo_of_what_nobody_said_does_not_pass(name: str) -> None:
 LOGPROB = {"token": "mix", "logprob": -0.1, "bytes": [109], "top_logprobs": []}
 
 
-async def test_log_probabilities_do_not_pass() -> None:
+def token(text: str, *others: str) -> dict[str, Any]:
+    listed = [{"token": one, "logprob": -1.0, "bytes": list(one.encode())} for one in (text, *others)]
+    return {**listed[0], "top_logprobs": listed}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept", "dropped"),
+    [
+        (["Hel", "lo ", "é."], 3, 0),
+        (["Hel", "lo ", "é.", "bomb"], 3, 4),
+        (["Hel", "bomb", "é."], 1, 6),
+        (["bomb"], 0, 4),
+        ([], 0, 0),
+    ],
+)
+async def test_log_probabilities_of_a_whole_answer_pass_as_far_as_they_spell_its_text(
+    tokens: list[str], kept: int, dropped: int
+) -> None:
+    part = {"type": "output_text", "text": "Hello é.", "logprobs": [token(one) for one in tokens]}
+
+    whole, _ = await judge_response(response(message_item(content=[part])), judging(), {})
+
+    assert whole["output"][0]["content"][0]["logprobs"] == [token(one) for one in tokens[:kept]]
+    assert counted(whole["tidegate"], "output.content.logprobs") == dropped
+
+
+async def test_of_other_tokens_nothing_passes_and_a_blocked_answer_has_no_tokens() -> None:
+    part = {"type": "output_text", "text": "Hello", "logprobs": [token("Hello", "bomb")]}
+    harm = {"type": "output_text", "text": "bomb bomb", "logprobs": [token("bomb"), token(" bomb")]}
+
+    whole, _ = await judge_response(response(message_item(content=[part])), judging(), {})
+    stopped, decision = await judge_response(response(message_item(content=[harm])), judging(), {})
+    bare, _ = await judge_response(response(message_item(content=[{**harm, "text": 7}])), judging(), {})
+
+    assert whole["output"][0]["content"][0]["logprobs"] == [token("Hello")]
+    assert counted(whole["tidegate"], "output.content.logprobs.top_logprobs") == 4
+    assert decision is not None
+    assert "bomb" not in json.dumps([stopped, bare])
+
+
+async def test_log_probabilities_do_not_pass_in_a_stream() -> None:
     """They name words that the guard never saw; the field stays, because clients expect it."""
     events = response_events("fine")
     for event in events:

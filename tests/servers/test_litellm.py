@@ -57,9 +57,10 @@ def config(upstream_url: str, tidegate_url: str) -> dict[str, Any]:
     return {
         "model_list": [
             {
-                "model_name": "fake",
-                "litellm_params": {"model": "openai/fake-model", "api_base": f"{upstream_url}/v1", "api_key": "none"},
+                "model_name": name,
+                "litellm_params": {"model": model, "api_base": f"{upstream_url}/v1", "api_key": "none"},
             }
+            for name, model in (("fake", "openai/fake-model"), ("chat", "hosted_vllm/fake-model"))
         ],
         "guardrails": [
             guardrail("tidegate", ["pre_call", "post_call"], tidegate_url, region="DE", route="litellm"),
@@ -268,7 +269,7 @@ def test_messages_of_anthropic_are_judged(place: Place) -> None:
 
         def ask(messages: list[Any], *, stream: bool = False) -> Any:
             return client.messages.create(
-                model="fake", max_tokens=64, messages=messages, stream=stream, extra_body=extra
+                model="chat", max_tokens=64, messages=messages, stream=stream, extra_body=extra
             )
 
         assert ask(HELLO).content[0].text == "Hello there."

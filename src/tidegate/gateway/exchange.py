@@ -403,32 +403,21 @@ class _Exchange(Generic[A]):
         if not asked.new and not earlier:
             self._mask_prompt((), ())
             return None
-        before = asyncio.ensure_future(
-            judge_earlier(
-                [text.conversation for text in earlier],
-                guard=behind.guard,
-                policy=self._policy,
-                scope=self._scope,
-                timeout_s=behind.guard_timeout_s,
+        work = asyncio.gather(
+            *(
+                moderate(
+                    text.conversation,
+                    guard=behind.guard,
+                    policy=self._policy,
+                    scope=self._scope,
+                    timeout_s=behind.guard_timeout_s,
+                    coverage=(),
+                )
+                for text in asked.new
             )
         )
-        try:
-            decisions = await asyncio.gather(
-                *(
-                    moderate(
-                        text.conversation,
-                        guard=behind.guard,
-                        policy=self._policy,
-                        scope=self._scope,
-                        timeout_s=behind.guard_timeout_s,
-                        coverage=(),
-                    )
-                    for text in asked.new
-                )
-            )
-            decisions += await before
-        finally:
-            before.cancel()
+        decisions, before = await asyncio.gather(work, self._judge_earlier(earlier)) if earlier else (await work, [])
+        decisions += before
         texts = (*asked.new, *earlier)
         masked = self._mask_prompt(texts, decisions)
         number = _worst(decisions, len(asked.new))
@@ -441,6 +430,15 @@ class _Exchange(Generic[A]):
             return None
         await _drop(call)
         return self._refusal(decision, texts[number], await surely(_result(kept)))
+
+    async def _judge_earlier(self, texts: Sequence[PromptText]) -> list[Decision]:
+        return await judge_earlier(
+            [text.conversation for text in texts],
+            guard=self._behind.guard,
+            policy=self._policy,
+            scope=self._scope,
+            timeout_s=self._behind.guard_timeout_s,
+        )
 
     def _mask_prompt(self, texts: Sequence[PromptText], decisions: Sequence[Decision]) -> bool:
         """Take personal data out of what goes to the upstream, where the policy says so; False when some is left."""

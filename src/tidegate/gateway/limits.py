@@ -30,16 +30,7 @@ from tidegate.moderate import surely
 from tidegate.store.keys import Allowance, Key
 from tidegate.store.shared import Shared, SharedDown, UnknownScript
 
-__all__ = [
-    "Admission",
-    "Counts",
-    "Limit",
-    "LimitOptions",
-    "Limits",
-    "LocalCounts",
-    "SharedCounts",
-    "Throttle",
-]
+__all__ = ["Admission", "Counts", "Limit", "LimitOptions", "Limits", "LocalCounts", "SharedCounts", "Throttle"]
 
 LEASE_S: Final = 60.0
 """How long a lease in Redis lives unless it is renewed; it is renewed three times as often."""

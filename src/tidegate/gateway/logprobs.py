@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Protocol
 from tidegate.gateway.deltas import Parts, Slot
 from tidegate.gateway.schemas import is_name, mended
 
-__all__ = ["ChatTokens", "CompletionTokens", "Tokens"]
+__all__ = ["ChatTokens", "CompletionTokens", "Tokens", "spelled"]
 
 _NAME: Final = "logprobs"
 _TOP: Final = "logprobs.top_logprobs"
@@ -216,6 +216,17 @@ class ChatTokens(_ByText):
                 parts.count(_TOP, weight)
             if is_chosen or self._passing:
                 yield other if self._passing else kept
+
+
+def spelled(listed: list[Any], text: str, parts: Parts) -> list[Any]:
+    """What of a list of tokens, in the form of chat completions, spells a text that leaves with it in one piece."""
+    slot: Slot = ("content",)
+    tokens = ChatTokens(passing=parts.passing)
+    frame = tokens.take({"content": listed}, {slot: text}, parts)
+    tokens.release(slot, text)
+    tokens.close(parts)
+    told: list[Any] = (tokens.out(frame) or {}).get("content") or []
+    return told
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

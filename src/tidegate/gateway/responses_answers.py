@@ -750,7 +750,7 @@ async def judge_response(
     """
     if not isinstance(answer, dict) or "output" not in answer:
         raise UpstreamError("the upstream's answer is not a response")
-    taken = Taken.by(judging)
+    taken = Taken.by(judging, whole=True)
     response = take_response(answer, asked, (), taken)
     unseen = tuple(_unseen(taken.dropped))
     unjudged = judging.refused() if unseen else None

@@ -30,6 +30,7 @@ from tidegate.gateway.deltas import (
     numbers,
     word,
 )
+from tidegate.gateway.logprobs import spelled
 from tidegate.gateway.schemas import is_name, mended
 from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.types import Channel, Role, ToolCall, Turn
@@ -50,18 +51,20 @@ class Found(NamedTuple):
 class Taken:
     """What was taken apart: the texts, and how many characters were dropped, by field.
 
-    ``masks``: texts may leave masked, and then nothing may that spells them.
+    ``whole`` says that nothing of it leaves before all of its texts are judged. ``masks``: texts may leave masked, and
+    then nothing may that spells them.
     """
 
     known: Known
     texts: list[Found] = field(default_factory=list)
     parts: Parts = field(default_factory=Parts)
+    whole: bool = False
     masks: bool = False
 
     @classmethod
-    def by(cls, judging: Judging) -> Taken:
+    def by(cls, judging: Judging, *, whole: bool = False) -> Taken:
         """Nothing yet, for an answer that is judged with these."""
-        return cls(judging.known({}), parts=Parts(passing=judging.passing), masks=judging.masks)
+        return cls(judging.known({}), parts=Parts(passing=judging.passing), whole=whole, masks=judging.masks)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -183,7 +186,10 @@ def take(
     for name, inner in value.items():
         if name == "obfuscation":
             continue
-        passed = _take_field(name, inner, (*slot, name), taken, channel, prefix)
+        if name == "logprobs" and taken.whole and not taken.masks and inner and isinstance(inner, list):
+            passed: Any = _take_logprobs(inner, value.get("text"), taken, prefix)
+        else:
+            passed = _take_field(name, inner, (*slot, name), taken, channel, prefix)
         if passed is not GONE:
             kept[name] = passed
     return kept
@@ -214,6 +220,17 @@ def _take_field(name: str, value: Any, slot: Slot, taken: Taken, channel: Channe
     if name in _VALUES and isinstance(value, list | dict):
         return _note(slot, _VALUES[name] or channel, value, taken) if value else value
     return _unknown(name, value, taken, prefix)
+
+
+def _take_logprobs(listed: list[Any], text: Any, taken: Taken, prefix: str) -> list[Any]:
+    """The tokens that spell the text beside them, which is judged; what else they say nobody has judged."""
+    if "logprobs" in taken.known.trusted:
+        return listed
+    own = Parts(passing=taken.parts.passing)
+    told = spelled(listed, mended(text) if isinstance(text, str) else "", own)
+    for name, characters in own.dropped.items():
+        taken.parts.count(prefix + name, characters)
+    return listed if own.dropped and own.passing else told
 
 
 def _unknown(name: str, value: Any, taken: Taken, prefix: str = "") -> Any:

@@ -27,7 +27,7 @@ from serving import HealthTexts, Record, make_policy, serving, wait_until
 from tidegate.console.app import create_console
 from tidegate.errors import InputError, StoreError
 from tidegate.gateway.app import create_app
-from tidegate.gateway.auth import KeyRing, door_of
+from tidegate.gateway.auth import OPEN_PATHS, KeyRing, door_of
 from tidegate.gateway.entrance import EntranceOptions
 from tidegate.gateway.limits import LimitOptions
 from tidegate.gateway.live_frames import PROTOCOL
@@ -131,7 +131,7 @@ def test_every_path_of_the_gateway_and_the_console_belongs_to_a_door() -> None:
     """A path that somebody adds and forgets is closed; this test says it before somebody wonders why."""
     console = create_console(guard=FakeStreamGuard(), policy=make_policy())
     app = make(None, routes=console)
-    paths = {route.path for route in app.routes if route.path not in ("/livez", "/healthz")}
+    paths = {route.path for route in app.routes if route.path not in OPEN_PATHS}
 
     assert paths
     assert {path for path in paths if door_of(path) is None} == set()

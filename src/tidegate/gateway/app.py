@@ -31,6 +31,7 @@ from tidegate.gateway.logs import AccessLog
 from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
+from tidegate.gateway.openapi import describe
 from tidegate.gateway.refusals import error_body
 from tidegate.gateway.responses import ResponsesDoor, refuse_stored
 from tidegate.gateway.statuses import Problem, problem_of
@@ -241,6 +242,7 @@ def create_app(
             Route("/livez", _alive, methods=["GET"]),
             Route("/healthz", checkup.tell, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
+            Route("/openapi.json", describe, methods=["GET"]),
             *routes,
         ],
         exception_handlers={

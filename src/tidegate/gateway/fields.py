@@ -50,6 +50,8 @@ def count_of(body: Mapping[str, Any], name: str) -> int:
     count = body.get(name)
     if count is None:
         return 1
+    if isinstance(count, float) and count.is_integer():
+        return count_of({name: int(count)}, name)  # JSON has one kind of numbers
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 128:
         refuse("expected a whole number from 1 to 128", "invalid_value", param=name)
     return count

@@ -169,6 +169,19 @@ def test_the_layers_on_the_map_are_those_that_are_checked() -> None:
     assert "\n".join(re.findall(r'"([^"]+)"', layers)) in page
 
 
+@pytest.mark.parametrize("page", ["faults", "attacks"])
+def test_every_row_of_a_table_of_faults_or_attacks_names_tests_that_exist(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith("| Held by |")]
+    assert len(rows) > 25
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row)
+        assert named, row
+        for file, name in named:
+            code = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert re.search(rf"^(?:async )?def {name}\(", code, re.MULTILINE), f"{file}::{name}"
+
+
 def test_no_page_names_a_file_of_the_tree_that_is_not_there() -> None:
     for line in re.findall(r"^[├└]── (.*)$", README, re.MULTILINE):
         names = re.match(r"(?:[\w./]+(?:, )?)+", line)

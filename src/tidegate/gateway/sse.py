@@ -24,12 +24,17 @@ HEADERS: Final = (
 """Of a response that is an event stream: nobody on the way should store or buffer it."""
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_LINE_BREAKS: Final = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
+"""What Unicode takes for the end of a line, and server-sent events don't: many clients split by Unicode's rules."""
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 def event(content: Any) -> bytes:
     """One event whose data is this value as JSON. Raises ValueError for NaN and infinities."""
-    return b"data: %b\n\n" % _encode(content).encode("utf-8", "replace")
+    line = _encode(content)
+    if not line.isascii():
+        line = line.translate(_LINE_BREAKS)
+    return b"data: %b\n\n" % line.encode("utf-8", "replace")
 
 
 class EventReader:

@@ -5,12 +5,14 @@
     python benchmarks/soak.py --minutes 0.5 --paces 1 1.5 2 3   # which pace is too much
 
 A gateway with the guard under test, an upstream and this client are processes of their own on one machine. Nine in ten
-streams are held: one answer lasts as long as the run. The tenth come and go: answers of 60 words one after the other,
-every fourth of which turns abusive half-way. All is stored as it arrives and compared afterwards, character by
-character, with what the same guard and policy release when the same answer is judged alone.
+streams are held: one answer lasts as long as the run, or has ``--words`` words and is followed by another at once. The
+tenth come and go: answers of 60 words, every fourth of which turns abusive half-way. All is stored as it arrives and
+compared afterwards, character by character, with what the same guard and policy release when the same answer is judged
+alone.
 
-Memory is read every second. A held stream keeps its text, so it grows a little with the answers; `slope` is that growth
-over the last four fifths of the time, and `after` what remains when all is over.
+Memory is read every second; `slope` is its growth over the last four fifths of the time, and `after` what remains when
+all is over. The edge guard keeps a cache for each token of its window, so memory grows until the windows are full; that
+takes some minutes at a word a second, and from then on it must be flat.
 
 Writes a table to the terminal, ``benchmarks/results/soak-DATE.json``, and a plot beside it.
 """
@@ -52,6 +54,7 @@ class Run:
     """One pace: what is carried out, and what came of it.
 
     Attributes:
+        words: of the answers of held streams; None for as many as the time takes.
         memory: the gateway's, in bytes, by seconds since the beginning.
         open_streams: how many it had open, the same way.
     """
@@ -59,13 +62,14 @@ class Run:
     streams: int
     pace: float
     seconds: float
+    words: int | None = None
     done: list[tuple[int, int, str, Exchange]] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
     open_streams: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def held_words(self) -> int:
-        return max(WORDS, round(self.pace * self.seconds))
+        return self.words or max(WORDS, round(self.pace * self.seconds))
 
     async def carry_out(self, gateway: Server) -> float:
         """Returns how many seconds it took."""
@@ -93,7 +97,7 @@ class Run:
             exchange = await connection.ask(request(number, Order(tag, self.pace, words), stream=True))
             connection.close()
             self.done.append((number, words, tag, exchange))
-            if not comes_and_goes or time.monotonic() - begun + WORDS / self.pace > self.seconds:
+            if time.monotonic() - begun + words / self.pace > self.seconds:
                 return
 
     def judged(
@@ -121,9 +125,11 @@ class Run:
         return errors, delays
 
 
-async def soaked(streams: int, minutes: float, paces: Sequence[float], guard: str) -> list[dict[str, Any]]:
+async def soaked(
+    streams: int, minutes: float, paces: Sequence[float], guard: str, words: int | None
+) -> list[dict[str, Any]]:
     """All paces, one after the other, through one gateway."""
-    runs = [Run(streams, pace, minutes * 60) for pace in paces]
+    runs = [Run(streams, pace, minutes * 60, words) for pace in paces]
     wanted = {(number, WORDS) for number in SHORT_TEXTS}
     wanted |= {(number, run.held_words) for run in runs for number in TEXTS}
     print(f"{len(wanted)} answers are judged alone first", flush=True)
@@ -158,6 +164,7 @@ async def _soaked(
         "guard": name,
         "streams": run.streams,
         "words_per_second": run.pace,
+        "words_per_answer": run.held_words,
         "minutes": run.seconds / 60,
         "wall_s": round(wall, 1),
         "exchanges": len(run.done),
@@ -236,12 +243,13 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=1000, help="streams at once (default 1,000)")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default 10)")
     parser.add_argument("--paces", type=float, nargs="+", default=(1.0,), help="words per second of each (default 1)")
+    parser.add_argument("--words", type=int, help="words of each held answer; default as many as the time takes")
     parser.add_argument("--guard", default="edge", help="edge, or edge:FOLDER")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/soak-DATE.json")
     arguments = parser.parse_args()
     allow_connections(arguments.streams)
     hardware = machine()
-    rows = uvloop.run(soaked(arguments.streams, arguments.minutes, arguments.paces, arguments.guard))
+    rows = uvloop.run(soaked(arguments.streams, arguments.minutes, arguments.paces, arguments.guard, arguments.words))
     now = datetime.datetime.now(datetime.UTC)
     out = arguments.out or RESULTS / f"soak-{now:%Y-%m-%d}.json"
     report = {"date": now.isoformat(timespec="seconds"), "machine": hardware, "rows": rows}

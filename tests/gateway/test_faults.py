@@ -353,6 +353,10 @@ def hang_up(stage: Stage, sent: bytes, read: int) -> int:
         return got
 
 
+SPARE = 512
+"""By how many bytes two answers of the same events may differ: one frame of HTTP has one event, or several."""
+
+
 @every_door
 @both_ways
 def test_a_client_may_be_gone_at_any_byte_of_a_request_and_of_its_answer(door: Spoken, stream: bool) -> None:
@@ -363,7 +367,10 @@ def test_a_client_may_be_gone_at_any_byte_of_a_request_and_of_its_answer(door: S
         for place in range(0, len(request), 5):
             hang_up(stage, request[:place], 0)
         for place in range(1, whole, max(1, whole // 60)):
-            assert hang_up(stage, request, place) == place
+            read = hang_up(stage, request, place)
+            assert (
+                read == place or whole - SPARE < read < place
+            )  # the end: how a stream is framed differs by some bytes
         wait_until(lambda: not stage.guard.open_sessions and not stage.upstream.open_requests, "all to be free")
         answer = stage.post(door, "hi", stream=stream)
         metrics = httpx.get(f"{stage.url}/metrics").text

@@ -157,8 +157,8 @@ def tiny_tokenizer(forms: Sequence[Form] = FORMS) -> Tokenizer:
 
 def _train(model: Qwen3ForCausalLM, tokenizer: PromptTokenizer, forms: Sequence[Form], steps: int, batch: int) -> None:
     rng = random.Random(2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     model.train()
     for _ in range(steps):
         loss = answer_loss(model, tokenizer, [toy_row(rng, rng.choice(forms)) for _ in range(batch)])

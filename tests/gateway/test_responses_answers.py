@@ -272,6 +272,7 @@ async def test_the_whole_stream_does_not_depend_on_how_its_bytes_were_cut(
 
     for client in (once, pieces, singly):
         client.field.pop("coverage")
+        client.field.pop("interventions")  # how much had come of a text when it was stopped
         client.field.pop("id")
     assert once.merged == pieces.merged == singly.merged
     assert guard.open_sessions == 0

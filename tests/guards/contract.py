@@ -183,7 +183,7 @@ async def cascade(place: Place, gate: Gate) -> AsyncIterator[Watched]:
         gate,
         first._sessions,
         ends_at_once=True,
-        at_rest=lambda: guard._open_questions == 0,
+        at_rest=lambda: guard._second.open_questions == 0,
         noise=0,
     )
 

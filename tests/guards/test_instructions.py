@@ -43,7 +43,7 @@ async def test_a_gen_guard_is_told_and_the_guard_itself_stays_as_it_was() -> Non
         wrapped = ResilientGuard(TimedGuard(guard, Telemetry()))
         inside = on_terms(wrapped, TERMS).guard
         assert isinstance(inside, TimedGuard)
-        told = inside._guard
+        told = inside.guard
         assert isinstance(told, GenGuard)
 
         assert INSTRUCTIONS in told._forms[Target.PROMPT].prompt(question).text

@@ -331,6 +331,27 @@ def test_serve_with_demo_answers_people_and_programs_and_ends_on_a_signal(tmp_pa
         assert process.wait(timeout=60) == 130
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_server_that_logs_json_says_nothing_else(tmp_path: Path, workers: str) -> None:
+    options = ["--port", "0", "--database", f"sqlite:///{tmp_path}/kept.db", "--workers", workers]
+    settings = {"TIDEGATE_LOG_FORMAT": "json", "TIDEGATE_AUTH": "keys"}
+    with started("serve", *options, stdin=subprocess.DEVNULL, settings=settings) as process:
+        assert process.stderr is not None
+        said = [json.loads(process.stderr.readline()) for _ in range(5)]
+        process.send_signal(signal.SIGTERM)
+        said += [json.loads(line) for line in process.stderr]
+    assert said[0]["level"] == "warning"
+    assert said[0]["message"].startswith("there is no key yet")
+    assert any(line["message"].startswith("playground ") for line in said)
+
+
+def test_a_confirming_guard_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEGATE_CONFIRM_GUARD", "nope:x")
+    result = run("serve", "--port", "0", "--database", "sqlite://")
+    assert result.exit_code == 2
+    assert "TIDEGATE_CONFIRM_GUARD: unknown guard 'nope:x': expected " in result.stderr
+
+
 async def test_serve_lets_live_streams_end_when_it_is_told_to_stop() -> None:
     with started("serve", "--port", "0", "--database", "sqlite://", stdin=subprocess.DEVNULL) as process:
         url = address(process.stderr, "OpenAI API").replace("http://", "ws://")

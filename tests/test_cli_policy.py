@@ -107,6 +107,7 @@ def test_explain_says_which_rule_wins_for_whom(new: Path) -> None:
     assert explained(new, "--severity", "unsafe", "--tenant", "kind")["layers"] == ["default", "tenant kind"]
     assert explained(new, "--severity", "safe")["observed"] == {"action": "review", "rule": "look"}
     failed = explained(new, "--failure", "GuardTimeout")
+    assert explained(new, "--failure", "timeout") == failed
     assert (failed["action"], failed["rule"]) == ("warn", "on_guard_error")
 
 
@@ -154,6 +155,7 @@ def test_explain_explains_a_kept_decision(new: Path, database: str) -> None:
     [
         ([], "expected one of --severity, --failure and --decision"),
         (["--severity", "unsafe", "--failure", "GuardTimeout"], "expected one of"),
+        (["--failure", "timeot"], "failure: unknown kind 'timeot': expected one of unavailable, overloaded, timeout"),
         (["--severity", "worse"], "unknown severity 'worse'"),
         (["--severity", "unsafe", "--target", "both"], "'both'"),
         (["--severity", "unsafe", "--category", "PII=much"], "got 'much'"),

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib
 import json
+import logging
 import os
 import re
 import signal
@@ -32,7 +33,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from tidegate import __version__
-from tidegate.errors import GuardUnavailable, InputError, StoreError, TidegateError
+from tidegate.errors import GuardError, GuardUnavailable, InputError, StoreError, TidegateError
 from tidegate.settings import Settings, read_settings
 from tidegate.types import (
     Action,
@@ -133,11 +134,16 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 # --- check --------------------------------------------------------------------------------------------------------
 
 
+_ROWS_HELP: Final = (
+    'Judge every row of this .jsonl or .jsonl.gz file: {"id": "1", "messages": [{"role": "user", "content": "..."}]}.'
+)
+
+
 @app.command()
 def check(
     text: Annotated[str | None, typer.Argument(help="What a person wrote; - reads it from stdin.")] = None,
     response: Annotated[str | None, typer.Option(help="What a model answered; then this is judged.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Judge every row of this .jsonl or .jsonl.gz file.")] = None,
+    file: Annotated[Path | None, typer.Option(help=_ROWS_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="Where the rows go; an interrupted run goes on there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     guard: GuardOption = None,
@@ -474,14 +480,14 @@ def _serve(settings: Settings, *, demo: bool) -> None:
     policy = WatchedPolicy(settings.policy)
     guard = _load_guard(settings)
     fallback = None if settings.guard == "edge" else load_guard("edge")
-    confirmer = None if settings.confirm_guard is None else load_guard(settings.confirm_guard)
+    confirmer = _load_confirmer(settings)
     with (
         _listening(settings.host, settings.port, settings.client_timeout) as socket,
         _open_store(settings) as store,
     ):
         application = _application(settings, guard, fallback, confirmer, policy, store, demo=demo)
         _warn_open(settings, auth, store)
-        _run_server(_settings_config(settings, application), socket, _addresses(settings, socket))
+        _run_server(_settings_config(settings, application), socket, _addresses(settings, socket), settings.log_format)
 
 
 def _serve_workers(settings: Settings, given: dict[str, Any], *, demo: bool) -> None:
@@ -508,7 +514,12 @@ def _serve_workers(settings: Settings, given: dict[str, Any], *, demo: bool) -> 
             workers=settings.workers,
             timeout_worker_healthcheck=_WORKER_PATIENCE,
         )
-        workers = Workers(config, [socket], Path(folder), lambda: _say("\n".join(words)))
+
+        def started() -> None:
+            for line in words:
+                _tell(line, settings.log_format)
+
+        workers = Workers(config, [socket], Path(folder), started)
         workers.run()
     if workers.interrupted:
         raise KeyboardInterrupt
@@ -533,7 +544,7 @@ def _worker(given: dict[str, Any], *, demo: bool) -> Starlette:
         settings = read_settings(**given)
         guard = _load_guard(settings)
         fallback = None if settings.guard == "edge" else load_guard("edge")
-        confirmer = None if settings.confirm_guard is None else load_guard(settings.confirm_guard)
+        confirmer = _load_confirmer(settings)
         policy = WatchedPolicy(settings.policy)
         return _application(settings, guard, fallback, confirmer, policy, _open_store(settings), demo=demo)
     except TidegateError as error:
@@ -549,6 +560,19 @@ def _load_guard(settings: Settings) -> StreamGuard:
     return load_guard(settings.guard)
 
 
+def _load_confirmer(settings: Settings) -> StreamGuard | None:
+    from tidegate.guards import load_guard
+
+    if settings.confirm_guard is None:
+        return None
+    try:
+        return load_guard(settings.confirm_guard)
+    except InputError as error:
+        if error.where != "guard":
+            raise
+        raise InputError(error.message, where="TIDEGATE_CONFIRM_GUARD") from None
+
+
 def _addresses(settings: Settings, socket: Socket) -> tuple[str, ...]:
     address = _address(socket, secure=settings.tls_cert is not None)
     return f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz"
@@ -562,9 +586,17 @@ def _warn_open(settings: Settings, auth: str, store: Store) -> None:
     """Say what is open, and who cannot come in."""
     if auth == "none" and not settings.local:
         whose = " with its key for the upstream" if settings.upstream_key is not None else ""
-        _say(f"everybody who reaches {settings.host} is let in{whose}: TIDEGATE_AUTH is none", style="yellow")
+        _tell(
+            f"everybody who reaches {settings.host} is let in{whose}: TIDEGATE_AUTH is none",
+            settings.log_format,
+            warning=True,
+        )
     if auth == "keys" and not store.keys.list():
-        _say("there is no key yet, so nobody is let in: make one with tidegate keys create", style="yellow")
+        _tell(
+            "there is no key yet, so nobody is let in: make one with tidegate keys create",
+            settings.log_format,
+            warning=True,
+        )
 
 
 def _connection_options(settings: Settings) -> dict[str, Any]:
@@ -761,15 +793,15 @@ def _address(socket: Socket, *, secure: bool = False) -> str:
     return f"http{'s' if secure else ''}://{shown}:{port}"
 
 
-def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str]) -> None:
-    """Run until a signal says stop; say the words once it answers."""
+def _run_server(config: uvicorn.Config, socket: Socket, words: Sequence[str], form: LogFormat = "text") -> None:
+    """Run until a signal says stop; say the words, in the form of its log, once it answers."""
     import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[Socket] | None = None) -> None:
             await super().startup(sockets)
             for line in words if self.started else ():
-                _say(line)
+                _tell(line, form)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             self.interrupted = sig == signal.SIGINT
@@ -1176,7 +1208,7 @@ def explain_policy(
     ] = None,
     target: Annotated[str, typer.Option(help="What was judged: prompt or response.")] = "prompt",
     failure: Annotated[
-        str | None, typer.Option(metavar="KIND", help="The guard could not judge, as GuardTimeout; no --severity then.")
+        str | None, typer.Option(metavar="KIND", help="The guard could not judge, as timeout; no --severity then.")
     ] = None,
     decision: Annotated[
         str | None, typer.Option(metavar="ID", help="A kept decision, with its verdict and scope, instead.")
@@ -1198,11 +1230,21 @@ def explain_policy(
     if decision is not None:
         said, scope = _kept_verdict(decision, database)
     elif failure is not None:
-        said = GuardFailure(failure, "as given on the command line")
+        said = GuardFailure(_failure_kind(failure), "as given on the command line")
     else:
         said = _verdict_of(severity or "", category or [], unsafe, flagged, target)
     told = explain(chosen, said, scope)
     _print_json(told.as_json()) if as_json else _print_explanation(told)
+
+
+def _failure_kind(given: str) -> str:
+    """The kind of a failure, which may be said with the word that policies have for it."""
+    from tidegate.policy import FAILURE_KINDS
+
+    named = {word: kind for kind, word in FAILURE_KINDS.items()} | {"default": GuardError.__name__}
+    if given not in FAILURE_KINDS and given not in named:
+        raise InputError(f"unknown kind {given!r}: expected one of {', '.join(named)}", where="failure")
+    return named.get(given, given)
 
 
 def _kept_verdict(identity: str, database: str | None) -> tuple[Verdict | GuardFailure, Scope]:
@@ -1529,6 +1571,17 @@ _STYLES: Final = {
 
 def _say(words: str, style: str | None = None) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(words, style=style or ""))
+
+
+def _tell(words: str, form: LogFormat, *, warning: bool = False) -> None:
+    """Say it as a server does: for people, or as a line of its JSON log."""
+    from tidegate.gateway.logs import log_line
+
+    if form == "json":
+        sys.stderr.write(log_line(words, logging.WARNING if warning else logging.INFO) + "\n")
+        sys.stderr.flush()
+    else:
+        _say(words, style="yellow" if warning else None)
 
 
 def _print_json(value: Any) -> None:

@@ -103,8 +103,23 @@ def test_each_request_is_one_object(lines: Lines) -> None:
     assert (other["method"], other["route"], other["status"]) == ("GET", "other", 404)
     assert one["logger"] == "tidegate.access"
     assert 0 <= one["seconds"] < 60
-    assert len(one["request"]) == 32
     assert one["request"] != other["request"]
+
+
+def test_a_line_has_the_request_id_that_the_response_has(lines: Lines) -> None:
+    """Whether the gateway made it or the client did; a client's that could be a sentence is neither told nor logged."""
+    lines.use("info", "json", access=True)
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy())
+    with serving(app, log_config=lines.config, log_level=None) as url:
+        answers = [
+            httpx.get(f"{url}/livez", headers=headers)
+            for headers in ({}, {"x-request-id": "edge-4711"}, {"x-request-id": f"a {canary.ASKED}"})
+        ]
+
+    told = [answer.headers["x-request-id"] for answer in answers]
+    assert [line["request"] for line in lines.objects] == told
+    assert told[1] == "edge-4711"
+    assert canary.ASKED not in lines.text
 
 
 def test_requests_are_logged_only_where_that_is_asked_for(lines: Lines) -> None:

@@ -40,7 +40,7 @@ __all__ = ["DOOR_OF", "OPEN_PATHS", "Auth", "KeyRing", "KeySource", "door_of"]
 
 _log = logging.getLogger("tidegate.gateway")
 
-OPEN_PATHS: Final = ("/healthz", "/livez", "/readyz", "/openapi.json")
+OPEN_PATHS: Final = ("/healthz", "/livez", "/openapi.json")
 """Paths that need no key; who shows one may be told more there."""
 
 DOOR_OF: Final[tuple[tuple[str, str], ...]] = (

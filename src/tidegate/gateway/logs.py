@@ -20,7 +20,17 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 from uvicorn.logging import DefaultFormatter
 
-__all__ = ["METHODS", "AccessLog", "JsonFormatter", "LogFormat", "TextFormatter", "log_config", "trace_id"]
+__all__ = [
+    "METHODS",
+    "AccessLog",
+    "JsonFormatter",
+    "LogFormat",
+    "TextFormatter",
+    "log_config",
+    "log_line",
+    "request_id",
+    "trace_id",
+]
 
 LogFormat = Literal["text", "json"]
 
@@ -80,7 +90,7 @@ class TextFormatter(DefaultFormatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: ``time``, ``level``, ``logger``, ``message``, and what else there is.
 
-    ``request`` is an id that the gateway gives each request, ``trace`` that of its trace. ``errors`` are the kinds of
+    ``request`` is the id of the request, that of its response, ``trace`` that of its trace. ``errors`` are the kinds of
     the errors behind the line and where they were raised. Lines of `AccessLog` have its fields.
     """
 
@@ -99,6 +109,12 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             line["errors"] = _told(record.exc_info[1])
         return json.dumps(line)
+
+
+def log_line(words: str, level: int = logging.INFO) -> str:
+    """What the server says of itself before or beside its loggers, as a line of JSON like theirs."""
+    record = logging.LogRecord("tidegate.serve", level, __file__, 0, words, None, None)
+    return JsonFormatter().format(record)
 
 
 def _plain(record: logging.LogRecord) -> logging.LogRecord:
@@ -122,7 +138,7 @@ def _told(error: BaseException | None) -> list[dict[str, Any]]:
 
 
 class AccessLog:
-    """Gives each request an id, and says at its end what was asked for and what became of it."""
+    """Says at the end of each request what was asked for and what became of it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -131,7 +147,7 @@ class AccessLog:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        request_id.set(uuid.uuid4().hex)
+        request_id.set(uuid.uuid4().hex)  # until `Front` knows the one that the response has
         if not _access.isEnabledFor(logging.INFO):
             await self._app(scope, receive, send)
             return

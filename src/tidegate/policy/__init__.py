@@ -47,6 +47,7 @@ from tidegate.policy.explaining import Explanation, explain
 from tidegate.policy.reading import FIELDS, MAX_BYTES, PRESETS, load_policy, parse_policy
 from tidegate.policy.replaying import Change, Replay
 from tidegate.policy.rules import (
+    FAILURE_KINDS,
     Controversial,
     Degraded,
     History,
@@ -62,6 +63,7 @@ from tidegate.policy.watching import PolicySource, WatchedPolicy
 
 __all__ = [
     "DEFAULT_MESSAGE",
+    "FAILURE_KINDS",
     "FIELDS",
     "MAX_BYTES",
     "PRESETS",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -599,6 +600,19 @@ async def test_a_client_without_the_subprotocol_is_refused(shared: tuple[str, Re
 
     assert raised.value.response.status_code == 400
     assert PROTOCOL in raised.value.response.body.decode()
+
+
+async def test_a_refused_connection_is_no_fault_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    """A stranger cannot fill the log with errors."""
+    log = logging.getLogger("uvicorn.error")
+    with serving(create_app(guard=FakeStreamGuard(), policy=make_policy()), log_level="warning") as url:
+        log.addHandler(caplog.handler)  # the server's own configuration takes away what was there before
+        for options in ({"subprotocols": [Subprotocol("none.v1")]}, {"origin": "https://evil.example"}):
+            with pytest.raises(InvalidStatus):
+                await connect(url.replace("http", "ws", 1) + "/v1/live", **options)
+    log.removeHandler(caplog.handler)
+
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 async def test_a_page_of_another_site_is_refused(shared: tuple[str, Record, FakeStreamGuard]) -> None:

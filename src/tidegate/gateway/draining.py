@@ -37,6 +37,12 @@ class DrainingWebSockets(WebSocketsSansIOProtocol):
         scope: dict[str, Any] = getattr(self, "scope", {})
         scope.get("extensions", {})[_EXTENSION] = {"event": self._stopping}
 
+    async def send(self, message: Any) -> None:
+        """A handshake that is refused with a response is complete with its last byte; uvicorn takes it for a fault."""
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True
+
     def shutdown(self) -> None:
         """Called by uvicorn when it is told to stop."""
         if self.handshake_complete and not self.close_sent:

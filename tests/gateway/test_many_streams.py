@@ -38,7 +38,7 @@ from tidegate.testing import FakeUpstream, Pause, Reply, text_chunks
 from tidegate.types import Action, Conversation
 
 STREAMS = 200
-ROUNDS = 3
+ROUNDS = 8
 GROWTH_BYTES = 24 * 2**20
 """More memory than this after the same work again would be a leak: it is more than a tenth of a MiB for each stream."""
 
@@ -164,7 +164,7 @@ def guarded_gateway(upstream_url: str, folder: Path) -> Iterator[tuple[str, psut
 
 
 async def test_two_hundred_streams_let_nothing_out_unjudged_and_leave_nothing_behind(tmp_path: Path) -> None:
-    """Each gets exactly what it would get alone; three rounds later the gateway is as it was before."""
+    """Each gets exactly what it would get alone; eight rounds later the gateway is as it was before."""
     async with EdgeGuard() as guard:
         due = [await judged_alone(guard, number) for number in range(KINDS)]
     assert any(seen.blocked for seen in due)
@@ -187,7 +187,7 @@ async def test_two_hundred_streams_let_nothing_out_unjudged_and_leave_nothing_be
                 memory.append(process.memory_info().rss)
             await until(lambda: upstream.open_requests == 0, "the upstream to be left alone")
 
-    assert memory[2] - memory[1] < GROWTH_BYTES
+    assert memory[-1] - memory[5] < GROWTH_BYTES  # until then the allocator takes its share, in steps of up to 20 MiB
     with open_store(f"sqlite:///{tmp_path}/decisions.db") as store:
         counts = await store.counts()
     blocked = ROUNDS * sum(seen.blocked for seen in _repeated(due))

@@ -4,8 +4,8 @@
 
 Streams of ``--tokens`` tokens are opened until there are as many as ``--streams`` says, each time with the memory of
 the process (on a GPU: of its tensors), and the engine's own account. The cache is bounded by ``--positions``: streams
-beyond it are dropped to their token ids, and computed again when they go on. Then all streams are closed, and at last
-the engine.
+beyond it are dropped to their token ids, and computed again when they go on. Then all streams are closed, memory is
+read again when the engine has had time to give the cache's back, and at last the engine is closed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 
 from stream_setup import arguments, built, keep, progress, table
 from tidegate.engine.engine import Engine
+
+GIVEN_BACK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ async def _measure(model: torch.nn.Module, device: torch.device, options: argpar
         for handle in handles:
             handle.close()
         rows.append(_row("streams closed", device, start, engine))
+        await asyncio.sleep(GIVEN_BACK_S)
+        rows.append(_row("a while after", device, start, engine))
     rows.append(_row("engine closed", device, start, None))
     return rows
 

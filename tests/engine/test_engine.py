@@ -397,6 +397,50 @@ async def test_a_forward_waits_a_moment_for_streams_that_are_about_to_speak(
     await asyncio.wait_for(first.feed([4]), 10)
 
 
+async def test_the_memory_of_a_cache_that_nobody_uses_is_given_back(
+    engine: Engine, model: Qwen3ForGuardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidegate.engine.engine._GIVE_BACK_SECONDS", 0.01)
+    runner = engine._runner
+    assert runner is not None
+    give_back, given = runner.give_back, threading.Event()
+
+    def noticed() -> None:
+        assert engine.metrics().cache_reserved == 0
+        give_back()
+        given.set()
+
+    monkeypatch.setattr(runner, "give_back", noticed)
+    ids = text(3, 30)
+    first, second = engine.open(), engine.open()
+    for handle in (first, second):
+        await handle.feed(ids[:20])
+    first.close()
+    assert not await asyncio.to_thread(given.wait, 0.1)
+    assert_same(await second.feed(ids[20:]), full(model, ids), first=20)
+    second.close()
+    assert await asyncio.to_thread(given.wait, 10)
+    assert_same(await engine.open().feed(ids), full(model, ids))
+
+
+async def test_an_engine_that_cannot_give_memory_back_goes_on(
+    engine: Engine, model: Qwen3ForGuardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidegate.engine.engine._GIVE_BACK_SECONDS", 0.01)
+    tried = threading.Event()
+
+    def refused() -> None:
+        tried.set()
+        raise RuntimeError("no address space")
+
+    monkeypatch.setattr(engine._runner, "give_back", refused)
+    handle = engine.open()
+    await handle.feed([1, 2])
+    handle.close()
+    assert await asyncio.to_thread(tried.wait, 10)
+    assert_same(await engine.open().feed(text(4, 12)), full(model, text(4, 12)))
+
+
 async def test_what_is_not_a_number_is_unreadable(model: Qwen3ForGuardModel) -> None:
     broken = Qwen3ForGuardModel(model.config).eval()
     broken.load_state_dict(model.state_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,6 +121,16 @@ def test_every_batching_and_chunking_equals_one_full_forward(
             got.setdefault(key, []).extend(logits)
     for sequence, (_, target) in zip(sequences, texts, strict=True):
         assert_same(got[id(sequence)], full(model, sequence.tokens.tolist(), target))
+
+
+def test_a_cache_that_is_given_back_takes_no_memory() -> None:
+    runner, process = Runner(MODELS["one key head for all"], 500_000), psutil.Process()
+    empty = process.memory_info().rss
+    for cache in (runner._keys, runner._values):
+        cache.fill_(1.0)
+    assert process.memory_info().rss - empty > 0.9 * runner.cache_bytes
+    runner.give_back()
+    assert process.memory_info().rss - empty < 0.1 * runner.cache_bytes
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -9,6 +9,7 @@ bookkeeping, never for a forward.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import weakref
@@ -49,6 +50,8 @@ _LINGER_SHARE = 0.05
 together come back one after the other, and a forward takes about as long for one of them as for all."""
 _LINGER_SECONDS = 0.005
 """The most that it may wait."""
+_GIVE_BACK_SECONDS = 5.0
+"""How long nobody must have used the cache before its memory is given back to the system."""
 _CANARY_TOKENS = 8
 _EXPORT_TOLERANCE = 1e-4
 """By how much a probability of the canary may differ where an export computes it."""
@@ -266,6 +269,8 @@ class Engine:
         self._wake = threading.Condition()
         self._closed: GuardError | None = None
         self._thread: threading.Thread | None = None
+        self._written = False
+        """Whether the cache has been written to since it last was given back."""
 
     @property
     def closed(self) -> bool:
@@ -418,6 +423,7 @@ class Engine:
             self._scheduler.remove(sequence)
             self._streams.discard(sequence)
             work = self._works.pop(sequence, None)
+            self._wake.notify()
         if work:
             give([(work, SessionClosed("the stream was closed while it was judged"))])
 
@@ -439,9 +445,10 @@ class Engine:
             self._end(GuardUnavailable(f"the engine broke: {type(error).__name__}"))
 
     def _next(self) -> Step | None:
-        with self._wake:
-            while True:
-                self._wake.wait_for(lambda: self._closed or self._scheduler.waiting)
+        """What to compute next, as soon as there is something; None when the engine is closed."""
+        while True:
+            self._await_work()
+            with self._wake:
                 self._wake.wait_for(lambda: self._closed or self._full, self._linger_seconds)
                 if self._closed:
                     return None
@@ -449,6 +456,30 @@ class Engine:
                 step = self._scheduler.next()
                 if step.pieces:
                     return step
+
+    def _await_work(self) -> None:
+        """Until there is work, or the engine is closed; a cache that nobody has used for a while is given back."""
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._called or self._unused)
+                if self._wake.wait_for(lambda: self._called, _GIVE_BACK_SECONDS):
+                    return
+                self._written = False
+            self._give_back()  # takes a while; only this thread writes to the cache, so that nobody does meanwhile
+
+    @property
+    def _called(self) -> bool:
+        return bool(self._closed or self._scheduler.waiting)
+
+    @property
+    def _unused(self) -> bool:
+        return self._written and not self._slots.owners
+
+    def _give_back(self) -> None:
+        runner = self._runner
+        assert runner is not None
+        with contextlib.suppress(RuntimeError, MemoryError, GuardUnavailable):  # no address space for a new one
+            runner.give_back()
 
     @property
     def _full(self) -> bool:
@@ -464,6 +495,7 @@ class Engine:
         """Run one forward and give the answers that are complete with it."""
         runner, began = self._runner, time.monotonic()
         assert runner is not None
+        self._written = True
         try:
             results: list[Logits | None] = runner.run(step)
         except Exception as error:

@@ -81,12 +81,17 @@ class OnnxRunner:
 
     def __init__(self, backbone: OnnxBackbone, positions: int) -> None:
         self._backbone = backbone
+        self._positions = positions
         self._cache = backbone.cache(positions)
 
     @property
     def cache_bytes(self) -> int:
         """Size of the cache in bytes, when all of it is in use."""
         return self._cache.nbytes
+
+    def give_back(self) -> None:
+        """Give the memory of a cache that nobody uses back to the system; what is not written takes none."""
+        self._cache = self._backbone.cache(self._positions)
 
     def run(self, step: Step) -> list[Logits | None]:
         """Carry out the moves, compute all pieces at once, and keep their keys and values.

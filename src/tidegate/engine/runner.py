@@ -61,17 +61,28 @@ class Runner:
         self._kv_heads: int = config.num_key_value_heads
         weight = model.model.embed_tokens.weight
         self._device, self._dtype = weight.device, weight.dtype
-        shape = (config.num_hidden_layers, self._kv_heads, positions, config.head_dim)
+        self._shape = (config.num_hidden_layers, self._kv_heads, positions, config.head_dim)
         try:
-            self._keys = torch.empty(shape, dtype=self._dtype, device=self._device)
-            self._values = torch.empty(shape, dtype=self._dtype, device=self._device)
+            self._keys, self._values = self._empty(), self._empty()
         except (RuntimeError, MemoryError) as error:
             raise GuardUnavailable(f"no memory for a cache of {positions} positions on {self._device}") from error
+
+    def _empty(self) -> Tensor:
+        return torch.empty(self._shape, dtype=self._dtype, device=self._device)
 
     @property
     def cache_bytes(self) -> int:
         """Size of the cache in bytes."""
         return int(self._keys.nbytes + self._values.nbytes)
+
+    def give_back(self) -> None:
+        """Give the memory of a cache that nobody uses back to the system.
+
+        On a CPU it takes memory only as far as it is written, so an empty one takes none. On other devices the whole of
+        it is taken from the beginning, for others could take it meanwhile: there this does nothing.
+        """
+        if self._device.type == "cpu":
+            self._keys, self._values = self._empty(), self._empty()
 
     def run(self, step: Step) -> list[Logits | None]:
         """Carry out the moves, compute all pieces at once, and keep their keys and values.

@@ -126,8 +126,8 @@ def test_every_batching_and_chunking_equals_one_full_forward(
 def test_a_cache_that_is_given_back_takes_no_memory() -> None:
     runner, process = Runner(MODELS["one key head for all"], 500_000), psutil.Process()
     empty = process.memory_info().rss
-    for cache in (runner._keys, runner._values):
-        cache.fill_(1.0)
+    runner._keys.fill_(1.0)
+    runner._values.fill_(1.0)
     assert process.memory_info().rss - empty > 0.9 * runner.cache_bytes
     runner.give_back()
     assert process.memory_info().rss - empty < 0.1 * runner.cache_bytes

@@ -13,8 +13,10 @@ from redis_server import RedisServer
 from serving import until
 from tidegate.errors import GuardUnavailable
 from tidegate.guards.base import judges_together
+from tidegate.guards.breaker import Breaker, BreakerOptions
 from tidegate.guards.callers import CallersGuard, with_adapter
 from tidegate.guards.remembered import Memory, RememberedGuard, verdict_from_json, verdict_to_json
+from tidegate.guards.resilient import ResilientGuard
 from tidegate.guards.terms import Terms, on_terms
 from tidegate.store.shared import Shared
 from tidegate.testing import FakeStreamGuard
@@ -207,6 +209,60 @@ async def test_a_verdict_is_forgotten_after_its_time() -> None:
     assert told == ["judged", "local", "judged"]
 
 
+async def test_a_verdict_that_came_from_redis_is_forgotten_when_its_time_is_over_not_later(redis: RedisServer) -> None:
+    async with sharing(redis) as shared:
+        mine, theirs = [0.0], [0.0]
+        one = Memory(KEY, ttl_s=10.0, shared=shared, wall=lambda: mine[0])
+        two = Memory(KEY, ttl_s=10.0, shared=shared, wall=lambda: theirs[0], clock=lambda: theirs[0])
+        name = one.name_of(BREAD, "g")
+        one.remember(name, SAID)
+        await one.shared()
+        theirs[0] = 9.0
+        assert await two.recall(name) is not None
+        assert two.recall_here(name) is not None
+        theirs[0] = 10.0
+
+        assert two.recall_here(name) is None
+        assert await two.recall(name) is None
+
+
+async def test_what_another_tidegate_wrote_in_another_form_is_not_remembered(redis: RedisServer) -> None:
+    async with sharing(redis) as shared:
+        memory = Memory(KEY, shared=shared)
+        name = memory.name_of(BREAD, "g")
+        text = (1 << 50).to_bytes(8, "big") + b'{"t":"prompt"}'
+        await shared.execute("SET", f"tidegate:v:{name.hex()}", memory._mac(name, text) + text)
+
+        assert await memory.recall(name) is None
+
+
+async def test_what_is_remembered_tells_the_breaker_nothing_and_is_there_while_the_guard_is_down() -> None:
+    counting = CountingGuard()
+    breaker = Breaker(BreakerOptions(failures=3))
+    guard = ResilientGuard(remembered(counting)[0], breaker=breaker)
+    await guard.judge(BREAD)
+    counting.broken = True
+    for number in range(3):
+        with pytest.raises(GuardUnavailable):
+            await guard.judge(Conversation.of(f"other {number}"))
+        assert await guard.judge(BREAD) == SAID
+
+    assert (breaker.state, counting.asked) == ("open", 4)
+
+
+async def test_a_redis_that_answers_nothing_takes_nothing_of_the_guards_deadline(redis: RedisServer) -> None:
+    shared = Shared(redis.url, timeout_s=0.2)
+    await shared.open()
+    guard = ResilientGuard(remembered(CountingGuard(), shared=shared)[0], deadline_s=0.1)
+    redis.pause()
+    try:
+        assert await guard.judge(BREAD) == SAID
+        assert not shared.up
+    finally:
+        redis.resume()
+        await shared.close()
+
+
 @pytest.mark.parametrize(
     "verdict", [SAID, Verdict(Target.RESPONSE, Severity.SAFE, Probabilities(1, 0, 0), refusal=True, guard="g")]
 )
@@ -221,6 +277,7 @@ async def test_gateways_on_one_redis_judge_once_and_no_text_is_in_it(redis: Redi
         there, told = remembered(second, shared=two)
         secret = Conversation.of("plumtree bread")
         await here.judge(secret)
+        await here._memory.shared()
         answers = [await there.judge(secret) for _ in range(2)]
 
     assert (first.asked, second.asked, told) == (1, 0, ["shared", "local"])
@@ -236,7 +293,8 @@ async def test_what_others_wrote_into_redis_is_not_believed(redis: RedisServer) 
     async with sharing(redis) as shared:
         memory = Memory(KEY, shared=shared)
         harmless, other = memory.name_of(BREAD, "g"), memory.name_of(Conversation.of("other"), "g")
-        await memory.remember(harmless, SAID)
+        memory.remember(harmless, SAID)
+        await memory.shared()
         moved = await shared.execute("GET", f"tidegate:v:{harmless.hex()}")
         fresh = Memory(KEY, shared=shared)
         assert await fresh.recall(harmless) is not None
@@ -256,6 +314,7 @@ async def test_a_redis_that_dies_costs_nothing_but_its_memory(redis: RedisServer
         redis.start()
         await until(lambda: shared.up, "Redis")
         await guard.judge(Conversation.of("third"))
+        await guard._memory.shared()
         await guard.judge(Conversation.of("fourth"))
         await guard.judge(Conversation.of("third"))
 

@@ -11,9 +11,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kept import TALK, Place, decision
 from serving import wait_until
-from tidegate.store import Delivery, Store
+from tidegate.store import Delivery, Store, deletions
 from tidegate.types import Action, Advice, Scope
 
 NOTIFIED = {"advice": (Advice.NOTIFY,), "scope": Scope(tenant="shop", route="/v1/x", subject="ann")}
@@ -111,6 +113,32 @@ async def test_a_subject_that_is_deleted_is_in_no_delivery_either(place: Place) 
         store.delete_subject("ann", "shop")
 
         assert {one.decision for one in claimed(store)} == {other}
+
+
+async def test_a_deletion_that_was_interrupted_deletes_deliveries_too_when_it_is_finished(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with place.open(address=both) as store:
+        await store.keep(decision(**NOTIFIED), TALK, retention="hash")
+        other = await store.keep(decision(**{**NOTIFIED, "scope": Scope(subject="bob")}), TALK, retention="hash")
+        with monkeypatch.context() as patch:
+            patch.setattr(deletions, "_step", lambda database, number: iter(()).__next__())
+            with pytest.raises(StopIteration):  # it is written down, and no step begins
+                store.delete_subject("ann", "shop")
+        assert deletions.finish_deletions(store._database) == 1
+
+        assert {one.decision for one in claimed(store)} == {other}
+
+
+async def test_what_is_purged_is_told_to_nobody_unless_it_is_only_one_retention(place: Place) -> None:
+    with place.open(address=both) as store:
+        await store.keep(decision(**NOTIFIED), TALK, retention="hash")
+        later = datetime.now(UTC) + timedelta(hours=1)
+        assert store.purge(later, retention="full") == 0
+        assert sum(one.waiting for one in store.outbox.standings().values()) == 2
+        assert store.purge(later) == 1
+
+        assert store.outbox.standings() == {}
 
 
 async def test_decisions_that_come_from_the_spool_are_told_too(place: Place) -> None:

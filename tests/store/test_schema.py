@@ -199,3 +199,12 @@ def test_a_role_that_may_only_add_and_read_is_enough_for_serving(place: Place) -
         assert store.state().num_spooled == 0
         with pytest.raises(StoreError, match="permission denied"):
             store.delete_subject("ann")
+
+    place.run(f"GRANT INSERT, UPDATE, DELETE ON deliveries TO {role}")  # with webhooks
+    url = place.url.replace("tidegate@", f"{role}@")
+    with open_store(url, spool=place.spool, spool_bytes=1 << 20, address=lambda row: ["hook"]) as store:
+        asyncio.run(store.keep(decision(), None, retention="hash"))
+        assert store.state().num_spooled == 0
+        [delivery] = store.outbox.claim(["hook"], most=1, lease_s=60)
+        store.outbox.failed(delivery, "status 500", None)
+        store.outbox.delivered(delivery)

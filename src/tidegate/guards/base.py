@@ -17,6 +17,7 @@ __all__ = [
     "IdGuard",
     "IdSession",
     "IdText",
+    "RememberingGuard",
     "Session",
     "StreamGuard",
     "TogetherGuard",
@@ -161,6 +162,19 @@ class AdaptableGuard(StreamGuard, Protocol):
         Raises:
             InputError: when there is no such adapter; lists those that exist.
         """
+        ...
+
+
+@runtime_checkable
+class RememberingGuard(StreamGuard, Protocol):
+    """A guard that remembers what it judged; its ``judge`` is both of these, one after the other."""
+
+    async def recalled(self, conversation: Conversation) -> Verdict | None:
+        """What is remembered of this conversation; None when nothing is. Nothing is judged."""
+        ...
+
+    async def judged(self, conversation: Conversation) -> Verdict:
+        """Judge what is not remembered. Raises GuardError when it cannot."""
         ...
 
 

@@ -8,6 +8,9 @@ Verdicts are kept in this process, those that were used last, and in a Redis tha
 There a verdict is compact JSON without its reason, in which a guard may quote what it read; and with a signature made
 with the same key, so that whoever can write to that Redis cannot put a verdict into it.
 
+What is remembered asks nobody: it says nothing of how the guard is, and is there while the guard is down. No verdict
+waits until the Redis has it.
+
 Only verdicts are remembered. A failure is not, nor is the verdict of a cascade whose second guard failed: the next one
 who asks has a new chance. Whoever goes away while it waits ends the judging when nobody else waits for it.
 
@@ -18,13 +21,14 @@ one said is remembered until its time is over.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -42,6 +46,8 @@ Outcome = Literal["local", "shared", "joined", "judged"]
 DEFAULT_MOST: Final = 4096
 DEFAULT_TTL_S: Final = 600.0
 _MAC_BYTES: Final = 16
+_UNTIL_BYTES: Final = 8
+"""In Redis, before a verdict: until when it holds, in milliseconds since 1970."""
 _HALF: Final = " failed]"
 """How the verdict of a cascade is signed that has the word of its first guard only."""
 
@@ -62,6 +68,7 @@ class Memory:
         shared: the Redis; None for none.
         tell: told of each verdict where it came from; None for nobody.
         clock: seconds; only differences count.
+        wall: seconds since 1970, which those who share a Redis agree on, more or less.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Memory:
         shared: Shared | None = None,
         tell: Callable[[Outcome], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._key = key
         self._most = most
@@ -80,8 +88,10 @@ class Memory:
         self._shared = shared
         self._tell = tell
         self._clock = clock
+        self._wall = wall
         self._known: OrderedDict[bytes, tuple[float, Verdict]] = OrderedDict()
         self._flights: dict[tuple[bytes, Terms], _Flight] = {}
+        self._sharing: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -126,26 +136,43 @@ class Memory:
         mac, text = value[:_MAC_BYTES], value[_MAC_BYTES:]
         if not hmac.compare_digest(mac, self._mac(name, text)):
             return None
-        verdict = verdict_from_json(text.decode("ascii"))
-        self._remember_here(name, verdict)
+        left_s = int.from_bytes(text[:_UNTIL_BYTES], "big") / 1000 - self._wall()
+        if left_s <= 0:
+            return None
+        try:
+            verdict = verdict_from_json(text[_UNTIL_BYTES:].decode("ascii"))
+        except (ValueError, KeyError, TypeError):  # ours, and of another Tidegate
+            return None
+        self._remember_here(name, verdict, min(left_s, self._ttl_s))
         return verdict
 
-    async def remember(self, name: bytes, verdict: Verdict) -> None:
-        """Keep a verdict here, and in the Redis when it is up."""
+    def remember(self, name: bytes, verdict: Verdict) -> None:
+        """Keep a verdict here, and soon in the Redis when it is up."""
         if verdict.guard.endswith(_HALF):
             return
-        self._remember_here(name, verdict)
-        if self._shared is None or not self._shared.up:
-            return
-        text = verdict_to_json(replace(verdict, reason=None)).encode("ascii")
-        value, place, milliseconds = self._mac(name, text) + text, _place(name), math.ceil(self._ttl_s * 1000)
-        try:
-            await self._shared.execute("SET", place, value, "PX", milliseconds)
-        except SharedDown:
-            return
+        self._remember_here(name, verdict, self._ttl_s)
+        if self._shared is not None and self._shared.up:
+            task = asyncio.ensure_future(self._share(self._shared, name, verdict))
+            self._sharing.add(task)
+            task.add_done_callback(self._sharing.discard)
 
-    async def once(self, name: bytes, terms: Terms, judge: Callable[[], Any]) -> Verdict:
+    async def shared(self) -> None:
+        """Wait until what was remembered so far is in the Redis, or is known not to get there."""
+        while self._sharing:
+            await asyncio.wait(set(self._sharing))
+
+    async def _share(self, shared: Shared, name: bytes, verdict: Verdict) -> None:
+        until = round((self._wall() + self._ttl_s) * 1000).to_bytes(_UNTIL_BYTES, "big")
+        text = until + verdict_to_json(replace(verdict, reason=None)).encode("ascii")
+        value, place, milliseconds = self._mac(name, text) + text, _place(name), math.ceil(self._ttl_s * 1000)
+        with contextlib.suppress(SharedDown):
+            await shared.execute("SET", place, value, "PX", milliseconds)
+
+    async def once(self, name: bytes, terms: Terms, judge: Callable[[], Awaitable[Verdict]]) -> Verdict:
         """The verdict that ``judge`` gives; whoever asks for the same at the same time waits for the same call."""
+        if (known := self.recall_here(name)) is not None:  # somebody was faster
+            self.tell("local")
+            return known
         which = (name, terms)
         flight = self._flights.get(which)
         if flight is None:
@@ -163,14 +190,10 @@ class Memory:
                 self._landed(which, flight)
                 flight.task.cancel()
 
-    async def _judged(self, name: bytes, judge: Callable[[], Any]) -> Verdict:
-        found = await self.recall(name)
-        if found is not None:
-            self.tell("shared")
-            return found
-        verdict: Verdict = await judge()
+    async def _judged(self, name: bytes, judge: Callable[[], Awaitable[Verdict]]) -> Verdict:
+        verdict = await judge()
         self.tell("judged")
-        await self.remember(name, verdict)
+        self.remember(name, verdict)
         return verdict
 
     def _landed(self, which: tuple[bytes, Terms], flight: _Flight) -> None:
@@ -179,8 +202,8 @@ class Memory:
         if flight.task.done() and not flight.task.cancelled():
             flight.task.exception()  # whoever still waits has it; when nobody does, it is nobody's
 
-    def _remember_here(self, name: bytes, verdict: Verdict) -> None:
-        self._known[name] = (self._clock() + self._ttl_s, verdict)
+    def _remember_here(self, name: bytes, verdict: Verdict, seconds: float) -> None:
+        self._known[name] = (self._clock() + seconds, verdict)
         self._known.move_to_end(name)
         while len(self._known) > self._most:
             self._known.popitem(last=False)
@@ -204,12 +227,25 @@ class RememberedGuard(GuardAround):
 
     async def judge(self, conversation: Conversation) -> Verdict:
         """Judge, or remember. Raises what the guard raises."""
-        name = self._memory.name_of(conversation, self.guard.name, self._terms.instructions)
-        known = self._memory.recall_here(name)
-        if known is not None:
+        known = await self.recalled(conversation)
+        return await self.judged(conversation) if known is None else known
+
+    async def recalled(self, conversation: Conversation) -> Verdict | None:
+        """What is remembered, here or in the Redis; None when nothing is. The guard is not asked."""
+        name = self._name_of(conversation)
+        if (known := self._memory.recall_here(name)) is not None:
             self._memory.tell("local")
-            return known
+        elif (known := await self._memory.recall(name)) is not None:
+            self._memory.tell("shared")
+        return known
+
+    async def judged(self, conversation: Conversation) -> Verdict:
+        """Judge what is not remembered, once for all who ask at the same time. Raises what the guard raises."""
+        name = self._name_of(conversation)
         return await self._memory.once(name, self._terms, lambda: self.guard.judge(conversation))
+
+    def _name_of(self, conversation: Conversation) -> bytes:
+        return self._memory.name_of(conversation, self.guard.name, self._terms.instructions)
 
     def on_terms(self, terms: Terms) -> RememberedGuard:
         """The same guard on these terms; what it says on others is remembered apart."""
@@ -218,7 +254,7 @@ class RememberedGuard(GuardAround):
 
 def _parts(conversation: Conversation, guard: str, instructions: str) -> Iterator[str]:
     """All that a verdict depends on, each of it once and in order; with lengths before them nothing runs together."""
-    yield "1"
+    yield "2"  # of what stands in Redis
     yield guard
     yield instructions
     for turn in conversation.turns:

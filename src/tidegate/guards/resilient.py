@@ -10,6 +10,9 @@ Three things around any guard, each by itself:
 - degraded mode, where the terms say so: the fallback, the edge guard, judges alone what the guard cannot. Its verdicts
   say it: ``degraded[edge/2; gen/1 GuardTimeout]``.
 
+What is remembered (`tidegate.guards.remembered`) comes before all three: it tells the breaker nothing, and takes nothing
+of the deadline.
+
 A stream whose guard fails in its middle goes on with the fallback, which reads the text from its beginning; what the
 guard had judged stays judged, and the fallback's tokens begin where those of the guard end. A stream asks the breaker
 once, with its first piece of text: one that is under way is not cut because others failed.
@@ -24,7 +27,7 @@ from typing import Any, Final, TypeVar, cast
 
 from tidegate.errors import GuardError, GuardTimeout, GuardUnavailable, InputError
 from tidegate.guards.around import GuardAround
-from tidegate.guards.base import IdSession, IdText, Session, StreamGuard
+from tidegate.guards.base import IdSession, IdText, RememberingGuard, Session, StreamGuard
 from tidegate.guards.breaker import Breaker, Call
 from tidegate.guards.second import SecondGuard
 from tidegate.guards.session import TextSession, check_written
@@ -106,8 +109,13 @@ class ResilientGuard(GuardAround):
             GuardUnavailable: when it is left alone by the breaker.
             GuardError: what the guard raises.
         """
+        judge = self.guard.judge
+        if isinstance(self.guard, RememberingGuard):
+            if (known := await self.guard.recalled(conversation)) is not None:
+                return known
+            judge = self.guard.judged
         try:
-            return await self.called(self.permit(), self.guard.judge(conversation))
+            return await self.called(self.permit(), judge(conversation))
         except Exception as error:  # whatever goes wrong inside the guard, the fallback can still judge
             if not self.stands_in:
                 raise

@@ -30,9 +30,7 @@ def delete_subject(database: Database, subject: str) -> int:
 
     What webhooks were still to be told of them goes too.
     """
-    deleted = _delete(database, {"subject": subject})
-    _forget(database, deliveries_table.c.subject == subject)
-    return deleted
+    return _delete(database, {"subject": subject})
 
 
 def purge(database: Database, before: datetime, retention: Retention | None) -> int:
@@ -41,13 +39,16 @@ def purge(database: Database, before: datetime, retention: Retention | None) -> 
     When there is nothing to delete, nothing is written down. What webhooks were not told of until then goes too, unless
     it is only one retention.
     """
-    if retention is None:
-        _forget(database, deliveries_table.c.time < before)
-    query = sa.select(sa.literal(1)).where(_from_before(before, retention)).limit(1)
+    untold = _untold({"subject": None, "before": before, "retention": retention})
     with database.reading() as connection:
-        if connection.execute(query).first() is None:
+        found = _any(connection, _from_before(before, retention))
+        if not found and not _any(connection, untold):
             return 0
-    return _delete(database, {"before": before, "retention": retention})
+    if found:
+        return _delete(database, {"before": before, "retention": retention})
+    with database.writing() as connection:
+        connection.execute(deliveries_table.delete().where(untold))
+    return 0
 
 
 def finish_deletions(database: Database) -> int:
@@ -64,14 +65,6 @@ def without_deleted(connection: sa.Connection, rows: list[Row]) -> list[Row]:
     query = query.where(_deletion.subject.in_(subjects)).group_by(_deletion.subject)
     deleted: dict[str, datetime] = {row[0]: row[1] for row in connection.execute(query)}
     return [row for row in rows if row["subject"] not in deleted or row["time"] > deleted[row["subject"]]]
-
-
-def _forget(database: Database, which: sa.ColumnElement[bool]) -> None:
-    with database.reading() as connection:
-        if connection.execute(sa.select(sa.literal(1)).where(which).limit(1)).first() is None:
-            return
-    with database.writing() as connection:
-        connection.execute(deliveries_table.delete().where(which))
 
 
 def _delete(database: Database, what: Row) -> int:
@@ -100,6 +93,8 @@ def _step(database: Database, number: int) -> int | None:
         deleted = connection.execute(decisions_table.delete().where(_decision.number.in_(which))).rowcount
         counted: Row = {"num_deleted": entry["num_deleted"] + deleted}
         if deleted < STEP:
+            if _any(connection, untold := _untold(entry)):  # who may delete nothing of them need not, where none is
+                connection.execute(deliveries_table.delete().where(untold))
             counted["ended"] = datetime.now(UTC)
         connection.execute(deletions_table.update().where(_deletion.number == number).values(counted))
     return deleted
@@ -109,6 +104,17 @@ def _described(entry: Any) -> sa.ColumnElement[bool]:
     if (subject := entry["subject"]) is not None:
         return sa.and_(_decision.subject == subject)
     return _from_before(entry["before"], entry["retention"])
+
+
+def _untold(entry: Any) -> sa.ColumnElement[bool]:
+    """What webhooks were still to be told of all that a deletion is about; of one retention alone nobody can say."""
+    if (subject := entry["subject"]) is not None:
+        return sa.and_(deliveries_table.c.subject == subject)
+    return sa.false() if entry["retention"] is not None else sa.and_(deliveries_table.c.time < entry["before"])
+
+
+def _any(connection: sa.Connection, which: sa.ColumnElement[bool]) -> bool:
+    return connection.execute(sa.select(sa.literal(1)).where(which).limit(1)).first() is not None
 
 
 def _from_before(before: datetime, retention: str | None) -> sa.ColumnElement[bool]:

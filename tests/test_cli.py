@@ -352,6 +352,31 @@ def test_a_confirming_guard_that_cannot_be_loaded_is_named(monkeypatch: pytest.M
     assert "TIDEGATE_CONFIRM_GUARD: unknown guard 'nope:x': expected " in result.stderr
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_policy_with_confirm_needs_a_guard_that_confirms(tmp_path: Path, workers: str) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("name: p\non_guard_error: block\notherwise: allow\nrules: []\nconfirm: true\n")
+    options = ["--port", "0", "--database", f"sqlite:///{tmp_path}/kept.db", "--workers", workers]
+    result = run("serve", *options, "--policy", path)
+    assert result.exit_code == 2
+    assert f"{path}: confirm: no guard is there to confirm alarms" in result.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize(("guard", "code", "words"), [(None, 0, "as confirm.on_error says, pass"), ("edge", 1, "")])
+def test_watch_has_alarms_confirmed_where_the_policy_says_so(
+    tmp_path: Path, guard: str | None, code: int, words: str
+) -> None:
+    path = tmp_path / "policy.yaml"
+    rule = "{name: all, severity: unsafe, action: block}"
+    lines = f"name: p\non_guard_error: block\notherwise: allow\nrules: [{rule}]\nconfirm: {{on_error: pass}}\n"
+    path.write_text(lines)
+    with started("watch", "--policy", str(path), settings={"TIDEGATE_CONFIRM_GUARD": guard or ""}) as process:
+        _, said = process.communicate(b"a bomb bomb shelter is here", timeout=60)
+    assert process.returncode == code
+    assert words in said.decode()
+    assert (b"TIDEGATE_CONFIRM_GUARD is not set" in said) is (guard is None)
+
+
 async def test_serve_lets_live_streams_end_when_it_is_told_to_stop() -> None:
     with started("serve", "--port", "0", "--database", "sqlite://", stdin=subprocess.DEVNULL) as process:
         url = address(process.stderr, "OpenAI API").replace("http://", "ws://")

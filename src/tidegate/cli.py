@@ -62,8 +62,9 @@ if TYPE_CHECKING:
     from tidegate.gateway.tracing import Tracing
     from tidegate.gateway.webhooks import Courier
     from tidegate.guards import Guard, StreamGuard
+    from tidegate.guards.second import SecondGuard
     from tidegate.moderate import Step
-    from tidegate.policy import Explanation, Policy, PolicySource, Replay
+    from tidegate.policy import Explanation, Policy, PolicySource, Replay, WatchedPolicy
     from tidegate.store import Key, Store
     from tidegate.store.outbox import Address
 
@@ -300,8 +301,14 @@ async def _watch(settings: Settings, context: Conversation | None) -> Decision:
     from tidegate.moderate import moderate_stream
 
     show = _Painter()
-    async with _judging(settings) as (guard, policy), contextlib.aclosing(_stdin()) as pieces:
-        steps = moderate_stream(pieces, guard=guard, policy=policy, context=context, timeout_s=settings.guard_timeout)
+    async with (
+        _judging(settings) as (guard, policy),
+        _confirming(settings, policy) as second,
+        contextlib.aclosing(_stdin()) as pieces,
+    ):
+        steps = moderate_stream(
+            pieces, guard=guard, policy=policy, context=context, timeout_s=settings.guard_timeout, second=second
+        )
         async with contextlib.aclosing(steps):
             async for step in steps:
                 show.step(step)
@@ -309,6 +316,26 @@ async def _watch(settings: Settings, context: Conversation | None) -> Decision:
                     show.end(step.decision)
                     return step.decision
     raise InputError("the stream ended without a decision")
+
+
+@contextlib.asynccontextmanager
+async def _confirming(settings: Settings, policy: Policy) -> AsyncGenerator[SecondGuard | None, None]:
+    """Who confirms alarms of a stream, where the policy has them confirmed."""
+    from tidegate.guards.second import SecondGuard
+
+    if not policy.confirm.enabled:
+        yield None
+        return
+    confirmer = _load_confirmer(settings)
+    if confirmer is None:
+        said = f"an alarm that nobody confirms is as confirm.on_error says, {policy.confirm.on_error}"
+        _say(f"TIDEGATE_CONFIRM_GUARD is not set, and the policy says confirm: {said}", style="yellow")
+        yield None
+        return
+    try:
+        yield SecondGuard(confirmer, timeout_s=settings.confirm_timeout)
+    finally:
+        await confirmer.close()
 
 
 async def _stdin() -> AsyncGenerator[str, None]:
@@ -474,10 +501,9 @@ _DEMO_SHUTDOWN: Final = 2
 
 def _serve(settings: Settings, *, demo: bool) -> None:
     from tidegate.guards import load_guard
-    from tidegate.policy import WatchedPolicy
 
     auth = settings.check_entrance()
-    policy = WatchedPolicy(settings.policy)
+    policy = _watched_policy(settings)
     guard = _load_guard(settings)
     fallback = None if settings.guard == "edge" else load_guard("edge")
     confirmer = _load_confirmer(settings)
@@ -493,12 +519,11 @@ def _serve(settings: Settings, *, demo: bool) -> None:
 def _serve_workers(settings: Settings, given: dict[str, Any], *, demo: bool) -> None:
     """Supervise workers, which read the settings again when they start: a restart takes a new secret from its file."""
     from tidegate.gateway.workers import Workers
-    from tidegate.policy import WatchedPolicy
 
     if settings.database_url in ("sqlite://", "sqlite:///:memory:"):
         raise InputError("several workers need a database that is not in memory only", where="TIDEGATE_DATABASE_URL")
     auth = settings.check_entrance()  # what is wrong here is said once, and not by each worker
-    WatchedPolicy(settings.policy)
+    _watched_policy(settings)
     with _open_store(settings) as store:
         _warn_open(settings, auth, store)
     with (
@@ -537,7 +562,6 @@ def _worker(given: dict[str, Any], *, demo: bool) -> Starlette:
 
     from tidegate.gateway.workers import end_with_parent
     from tidegate.guards import load_guard
-    from tidegate.policy import WatchedPolicy
 
     end_with_parent()
     try:
@@ -545,11 +569,21 @@ def _worker(given: dict[str, Any], *, demo: bool) -> Starlette:
         guard = _load_guard(settings)
         fallback = None if settings.guard == "edge" else load_guard("edge")
         confirmer = _load_confirmer(settings)
-        policy = WatchedPolicy(settings.policy)
+        policy = _watched_policy(settings)
         return _application(settings, guard, fallback, confirmer, policy, _open_store(settings), demo=demo)
     except TidegateError as error:
         _say(f"tidegate: {error}", style="red")
         raise SystemExit(STARTUP_FAILURE) from None
+
+
+def _watched_policy(settings: Settings) -> WatchedPolicy:
+    """The policy of the settings, now and as it changes: one that can be carried out with them."""
+    from tidegate.policy import WatchedPolicy, unconfirmed
+
+    policy = WatchedPolicy(settings.policy)
+    if settings.confirm_guard is None:
+        policy.require(unconfirmed)
+    return policy
 
 
 def _load_guard(settings: Settings) -> StreamGuard:
@@ -674,6 +708,7 @@ def _application(
     from tidegate.gateway.live import LiveLimits
     from tidegate.gateway.upstream import Upstream
     from tidegate.guards.breaker import BreakerOptions
+    from tidegate.guards.second import SecondGuard
 
     key = None if settings.upstream_key is None else settings.upstream_key.get_secret_value()
     tracing = _tracing(settings)
@@ -695,6 +730,7 @@ def _application(
         keep=store.keep,
         suggestions=_suggestions(demo=demo),
         guard_timeout_s=settings.guard_timeout,
+        second=None if confirmer is None else SecondGuard(confirmer, timeout_s=settings.confirm_timeout),
     )
     return create_app(
         guard=guard,
@@ -1188,7 +1224,11 @@ def check_policies(
             "rules": len(policy.all_rules),
             "layers": [layer.name for layer in policy.layers],
             "observed": len(policy.all_rules) if policy.observe else observed,
+            "needs": ["TIDEGATE_CONFIRM_GUARD"] if policy.confirms else [],
         }
+        if policy.confirms and read_settings().confirm_guard is None:
+            needs = "confirm needs TIDEGATE_CONFIRM_GUARD, which is not set here"
+            _say(f"{name}: {needs}: a gateway without it does not take this policy", style="yellow")
         _print_json(row)
     if wrong:
         raise typer.Exit(WRONG)

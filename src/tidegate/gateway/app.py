@@ -27,7 +27,7 @@ from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.guard import GuardDoor
 from tidegate.gateway.limits import Throttle
 from tidegate.gateway.live import Live, LiveLimits
-from tidegate.gateway.logs import AccessLog
+from tidegate.gateway.logs import AccessLog, route_of
 from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
@@ -450,6 +450,4 @@ class _Counted:
             raise
         finally:
             self._running.discard(task)
-            route = scope.get("route")
-            path = getattr(route, "path", "other") if scope.get("endpoint") else "other"
-            self._telemetry.requests.labels(path, status).inc()
+            self._telemetry.requests.labels(route_of(scope) or "other", status).inc()

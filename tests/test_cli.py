@@ -345,6 +345,26 @@ def test_a_server_that_logs_json_says_nothing_else(tmp_path: Path, workers: str)
     assert any(line["message"].startswith("playground ") for line in said)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"TIDEGATE_PROT": "1"}, "TIDEGATE_PROT: unknown setting"),
+        ({"TIDEGATE_POLICY": "nope"}, "cannot read the policy"),
+        ({"TIDEGATE_REDIS_URL": "nope"}, "expected"),
+        ({"TIDEGATE_REDIS_URL": "nope", "TIDEGATE_WORKERS": "2"}, "expected"),
+    ],
+)
+def test_what_keeps_a_server_from_starting_is_said_in_the_form_of_its_log(
+    settings: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    settings = {"TIDEGATE_DATABASE_URL": f"sqlite:///{tmp_path}/kept.db", **settings, "TIDEGATE_LOG_FORMAT": "json"}
+    with started("serve", "--port", "0", stdin=subprocess.DEVNULL, settings=settings) as process:
+        _, errors = process.communicate(timeout=60)
+    said = [json.loads(line) for line in errors.splitlines()]
+    assert process.returncode == 2
+    assert any(line["level"] == "error" and words in line["message"] for line in said)
+
+
 def test_a_confirming_guard_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIDEGATE_CONFIRM_GUARD", "nope:x")
     result = run("serve", "--port", "0", "--database", "sqlite://")

@@ -34,7 +34,7 @@ from typer.core import TyperGroup
 
 from tidegate import __version__
 from tidegate.errors import GuardError, GuardUnavailable, InputError, StoreError, TidegateError
-from tidegate.settings import Settings, read_settings
+from tidegate.settings import LogFormat, Settings, log_format_asked, read_settings
 from tidegate.types import (
     Action,
     Conversation,
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from tidegate.console.playground import Suggestion
     from tidegate.data.check import Tally
     from tidegate.gateway.entrance import EntranceOptions
-    from tidegate.gateway.logs import LogFormat
     from tidegate.gateway.tracing import Tracing
     from tidegate.gateway.webhooks import Courier
     from tidegate.guards import Guard, StreamGuard
@@ -464,7 +463,7 @@ def serve(
     """Serve the gateway (for programs) and the playground (for people)."""
     if demo and upstream is not None:
         raise InputError("--demo starts an upstream of its own: leave --upstream out")
-    with _demo_running() if demo else contextlib.nullcontext(upstream) as url:
+    with _errors_as_logged(), _demo_running() if demo else contextlib.nullcontext(upstream) as url:
         given: dict[str, Any] = {
             "upstream_url": url,
             "policy": policy,
@@ -480,6 +479,19 @@ def serve(
             _serve_workers(settings, given, demo=demo)
         else:
             _serve(settings, demo=demo)
+
+
+@contextlib.contextmanager
+def _errors_as_logged() -> Iterator[None]:
+    """What ends a server is said in the form of its log, also where its settings could not be read."""
+    try:
+        yield
+    except (TidegateError, OSError) as error:
+        if log_format_asked() == "text":
+            raise
+        words = (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
+        _tell(f"tidegate: {words}", "json", logging.ERROR)
+        raise typer.Exit(WRONG) from None
 
 
 @app.command("demo-upstream")
@@ -572,7 +584,7 @@ def _worker(given: dict[str, Any], *, demo: bool) -> Starlette:
         policy = _watched_policy(settings)
         return _application(settings, guard, fallback, confirmer, policy, _open_store(settings), demo=demo)
     except TidegateError as error:
-        _say(f"tidegate: {error}", style="red")
+        _tell(f"tidegate: {error}", log_format_asked(), logging.ERROR)
         raise SystemExit(STARTUP_FAILURE) from None
 
 
@@ -623,13 +635,13 @@ def _warn_open(settings: Settings, auth: str, store: Store) -> None:
         _tell(
             f"everybody who reaches {settings.host} is let in{whose}: TIDEGATE_AUTH is none",
             settings.log_format,
-            warning=True,
+            logging.WARNING,
         )
     if auth == "keys" and not store.keys.list():
         _tell(
             "there is no key yet, so nobody is let in: make one with tidegate keys create",
             settings.log_format,
-            warning=True,
+            logging.WARNING,
         )
 
 
@@ -1613,15 +1625,15 @@ def _say(words: str, style: str | None = None) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(words, style=style or ""))
 
 
-def _tell(words: str, form: LogFormat, *, warning: bool = False) -> None:
+def _tell(words: str, form: LogFormat, level: int = logging.INFO) -> None:
     """Say it as a server does: for people, or as a line of its JSON log."""
     from tidegate.gateway.logs import log_line
 
     if form == "json":
-        sys.stderr.write(log_line(words, logging.WARNING if warning else logging.INFO) + "\n")
+        sys.stderr.write(log_line(words, level) + "\n")
         sys.stderr.flush()
     else:
-        _say(words, style="yellow" if warning else None)
+        _say(words, style={logging.WARNING: "yellow", logging.ERROR: "red"}.get(level))
 
 
 def _print_json(value: Any) -> None:

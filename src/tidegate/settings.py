@@ -20,10 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from tidegate.errors import SettingsError
 
-__all__ = ["PREFIX", "Continues", "Settings", "read_settings"]
+__all__ = ["PREFIX", "Continues", "LogFormat", "Settings", "log_format_asked", "read_settings"]
 
 Continues = Literal["no", "vllm", "prefill"]
 """How an upstream goes on from the beginning of an answer."""
+
+LogFormat = Literal["text", "json"]
 
 PREFIX: Final = "TIDEGATE_"
 _SECRETS: Final = ("upstream_key", "fingerprint_key")
@@ -158,7 +160,7 @@ class Settings(BaseModel):
     """Where traces go: ``otlp`` sends them where the ``OTEL_`` variables say."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity of what is logged. User text is never logged."""
-    log_format: Literal["text", "json"] = "text"
+    log_format: LogFormat = "text"
     """Lines of text, or one JSON object a line."""
     access_log: bool = False
     """Whether each request is a line of the log, with its route and status; at ``debug`` they are anyway."""
@@ -285,6 +287,16 @@ def read_settings(environment: Mapping[str, str] | None = None, **given: Any) ->
         return Settings(**values)
     except ValidationError as error:
         raise _explain(error, values, given) from None
+
+
+def log_format_asked(environment: Mapping[str, str] | None = None) -> LogFormat:
+    """The form of the log, for whoever has to say that other settings cannot be used; ``text`` where it is none.
+
+    Args:
+        environment: the variables to read; None for those of this process.
+    """
+    asked = (os.environ if environment is None else environment).get(f"{PREFIX}LOG_FORMAT")
+    return "json" if asked == "json" else "text"
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:

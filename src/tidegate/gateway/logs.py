@@ -14,12 +14,14 @@ import traceback
 import uuid
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 from uvicorn.logging import DefaultFormatter
+
+from tidegate.settings import LogFormat
 
 __all__ = [
     "METHODS",
@@ -33,8 +35,6 @@ __all__ = [
     "route_of",
     "trace_id",
 ]
-
-LogFormat = Literal["text", "json"]
 
 METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 """Those that are named; any other is a word of the client's."""

@@ -365,6 +365,44 @@ def test_what_keeps_a_server_from_starting_is_said_in_the_form_of_its_log(
     assert any(line["level"] == "error" and words in line["message"] for line in said)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("TIDEGATE_REDIS_URL", "nope", "expected an address of a Redis"),
+        ("TIDEGATE_DATABASE_URL", "mysql://x", "the database 'mysql' is not supported"),
+        ("TIDEGATE_DATABASE_URL", "sqlite:///x.db?mode=ro", "takes no ?options"),
+        ("TIDEGATE_WEBHOOKS", "nope.yaml", "nope.yaml: cannot read the file"),
+        ("TIDEGATE_GUARD", "nope:x", "unknown guard 'nope:x'"),
+        ("TIDEGATE_GUARD", "remote:nope", "nope: cannot read the file"),
+        ("TIDEGATE_GUARD", "edge:nope", "nope lacks model.onnx"),
+        ("TIDEGATE_ADAPTERS", "a=b", "only gen: guards take adapters"),
+        ("TIDEGATE_TLS_CERT", __file__, "cannot be used"),
+    ],
+)
+def test_what_is_wrong_with_a_setting_is_said_with_its_name(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    for name, other in {"TIDEGATE_DATABASE_URL": "sqlite://", variable: value}.items():
+        monkeypatch.setenv(name, other)
+    result = run("serve", "--port", "0")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"tidegate: {variable}: ")
+    assert words in result.stderr.replace("\n", " ")
+
+
+def test_what_is_wrong_with_an_option_is_said_with_the_name_of_the_option() -> None:
+    assert run("check", "hello", "--guard", "nope:x").stderr.startswith("tidegate: guard: unknown guard 'nope:x'")
+
+
+def test_traces_without_their_extra_say_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEGATE_TRACES", "otlp")
+    monkeypatch.delitem(sys.modules, "tidegate.gateway.tracing", raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    result = run("serve", "--port", "0", "--database", "sqlite://")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("tidegate: TIDEGATE_TRACES: otlp needs opentelemetry: pip install 'tidegate[otel]'")
+
+
 def test_a_confirming_guard_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIDEGATE_CONFIRM_GUARD", "nope:x")
     result = run("serve", "--port", "0", "--database", "sqlite://")
@@ -450,7 +488,8 @@ def test_a_taken_port_is_one_clear_line(guard: FakeStreamGuard) -> None:
         port = taken.getsockname()[1]
         result = run("serve", "--port", str(port), "--database", "sqlite://")
     assert result.exit_code == 2
-    assert result.stderr == (f"tidegate: host and port: cannot listen on 127.0.0.1:{port}: Address already in use\n")
+    where = "TIDEGATE_HOST and port"
+    assert result.stderr == (f"tidegate: {where}: cannot listen on 127.0.0.1:{port}: Address already in use\n")
 
 
 def test_demo_and_upstream_exclude_each_other(guard: FakeStreamGuard) -> None:

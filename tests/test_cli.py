@@ -345,11 +345,94 @@ def test_a_server_that_logs_json_says_nothing_else(tmp_path: Path, workers: str)
     assert any(line["message"].startswith("playground ") for line in said)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"TIDEGATE_PROT": "1"}, "TIDEGATE_PROT: unknown setting"),
+        ({"TIDEGATE_POLICY": "nope"}, "cannot read the policy"),
+        ({"TIDEGATE_REDIS_URL": "nope"}, "expected"),
+        ({"TIDEGATE_REDIS_URL": "nope", "TIDEGATE_WORKERS": "2"}, "expected"),
+    ],
+)
+def test_what_keeps_a_server_from_starting_is_said_in_the_form_of_its_log(
+    settings: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    settings = {"TIDEGATE_DATABASE_URL": f"sqlite:///{tmp_path}/kept.db", **settings, "TIDEGATE_LOG_FORMAT": "json"}
+    with started("serve", "--port", "0", stdin=subprocess.DEVNULL, settings=settings) as process:
+        _, errors = process.communicate(timeout=60)
+    said = [json.loads(line) for line in errors.splitlines()]
+    assert process.returncode == 2
+    assert any(line["level"] == "error" and words in line["message"] for line in said)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("TIDEGATE_REDIS_URL", "nope", "expected an address of a Redis"),
+        ("TIDEGATE_DATABASE_URL", "mysql://x", "the database 'mysql' is not supported"),
+        ("TIDEGATE_DATABASE_URL", "sqlite:///x.db?mode=ro", "takes no ?options"),
+        ("TIDEGATE_WEBHOOKS", "nope.yaml", "nope.yaml: cannot read the file"),
+        ("TIDEGATE_GUARD", "nope:x", "unknown guard 'nope:x'"),
+        ("TIDEGATE_GUARD", "remote:nope", "nope: cannot read the file"),
+        ("TIDEGATE_GUARD", "edge:nope", "nope lacks model.onnx"),
+        ("TIDEGATE_ADAPTERS", "a=b", "only gen: guards take adapters"),
+        ("TIDEGATE_TLS_CERT", __file__, "cannot be used"),
+    ],
+)
+def test_what_is_wrong_with_a_setting_is_said_with_its_name(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    for name, other in {"TIDEGATE_DATABASE_URL": "sqlite://", variable: value}.items():
+        monkeypatch.setenv(name, other)
+    result = run("serve", "--port", "0")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"tidegate: {variable}: ")
+    assert words in result.stderr.replace("\n", " ")
+
+
+def test_what_is_wrong_with_an_option_is_said_with_the_name_of_the_option() -> None:
+    assert run("check", "hello", "--guard", "nope:x").stderr.startswith("tidegate: guard: unknown guard 'nope:x'")
+
+
+def test_traces_without_their_extra_say_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEGATE_TRACES", "otlp")
+    monkeypatch.delitem(sys.modules, "tidegate.gateway.tracing", raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    result = run("serve", "--port", "0", "--database", "sqlite://")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("tidegate: TIDEGATE_TRACES: otlp needs opentelemetry: pip install 'tidegate[otel]'")
+
+
 def test_a_confirming_guard_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIDEGATE_CONFIRM_GUARD", "nope:x")
     result = run("serve", "--port", "0", "--database", "sqlite://")
     assert result.exit_code == 2
     assert "TIDEGATE_CONFIRM_GUARD: unknown guard 'nope:x': expected " in result.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_policy_with_confirm_needs_a_guard_that_confirms(tmp_path: Path, workers: str) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("name: p\non_guard_error: block\notherwise: allow\nrules: []\nconfirm: true\n")
+    options = ["--port", "0", "--database", f"sqlite:///{tmp_path}/kept.db", "--workers", workers]
+    result = run("serve", *options, "--policy", path)
+    assert result.exit_code == 2
+    assert f"{path}: confirm: no guard is there to confirm alarms" in result.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize(("guard", "code", "words"), [(None, 0, "as confirm.on_error says, pass"), ("edge", 1, "")])
+def test_watch_has_alarms_confirmed_where_the_policy_says_so(
+    tmp_path: Path, guard: str | None, code: int, words: str
+) -> None:
+    path = tmp_path / "policy.yaml"
+    rule = "{name: all, severity: unsafe, action: block}"
+    lines = f"name: p\non_guard_error: block\notherwise: allow\nrules: [{rule}]\nconfirm: {{on_error: pass}}\n"
+    path.write_text(lines)
+    with started("watch", "--policy", str(path), settings={"TIDEGATE_CONFIRM_GUARD": guard or ""}) as process:
+        _, said = process.communicate(b"a bomb bomb shelter is here", timeout=60)
+    assert process.returncode == code
+    assert words in said.decode()
+    assert (b"TIDEGATE_CONFIRM_GUARD is not set" in said) is (guard is None)
 
 
 async def test_serve_lets_live_streams_end_when_it_is_told_to_stop() -> None:
@@ -405,7 +488,8 @@ def test_a_taken_port_is_one_clear_line(guard: FakeStreamGuard) -> None:
         port = taken.getsockname()[1]
         result = run("serve", "--port", str(port), "--database", "sqlite://")
     assert result.exit_code == 2
-    assert result.stderr == (f"tidegate: host and port: cannot listen on 127.0.0.1:{port}: Address already in use\n")
+    where = "TIDEGATE_HOST and port"
+    assert result.stderr == (f"tidegate: {where}: cannot listen on 127.0.0.1:{port}: Address already in use\n")
 
 
 def test_demo_and_upstream_exclude_each_other(guard: FakeStreamGuard) -> None:

@@ -84,6 +84,22 @@ def test_check_prints_one_line_for_each_policy_and_the_place_of_each_error(new: 
     assert f"{wrong}:7:18: rules[0]: unknown key 'sevrity', did you mean 'severity'?" in result.stderr.replace("\n", "")
 
 
+@pytest.mark.parametrize("guard", [None, "edge"])
+def test_check_says_what_a_policy_needs_of_the_gateway(
+    new: Path, guard: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new.write_text(f"{NEW}confirm: true\n")
+    if guard:
+        monkeypatch.setenv("TIDEGATE_CONFIRM_GUARD", guard)
+
+    result = run("policy", "check", new, "balanced")
+
+    assert result.exit_code == 0
+    needs = [json.loads(line)["needs"] for line in result.stdout.splitlines()]
+    assert needs == [["TIDEGATE_CONFIRM_GUARD"], []]
+    assert ("confirm needs TIDEGATE_CONFIRM_GUARD, which is not set here" in result.stderr) is (guard is None)
+
+
 def test_check_is_content_with_all_that_ships() -> None:
     result = run("policy", "check", *PRESETS, *FIELDS)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tidegate.errors import PolicyError
-from tidegate.policy import WatchedPolicy, load_policy
+from tidegate.policy import WatchedPolicy, load_policy, unconfirmed
 
 ONE = "name: one\non_guard_error: block\notherwise: allow\nrules: []\n"
 TWO = ONE.replace("one", "two")
@@ -74,6 +74,29 @@ def test_the_last_good_one_stays_in_force_on_an_error(path: Path, content: str |
     path.write_text(TWO)
     assert looks(watched) == [False, True]
     assert (watched.problem, told) == (None, ["refused", "mended", "taken"])
+
+
+def test_a_policy_that_cannot_be_carried_out_here_is_refused_like_a_broken_file(path: Path) -> None:
+    told: list[str] = []
+    watched = WatchedPolicy(path, tell=told.append)
+    watched.require(unconfirmed)
+    path.write_text(TWO + "layers: {region: {EU: {confirm: true}}}\n")
+
+    assert looks(watched, 5) == [False] * 5
+    assert watched.current.name == "one"
+    assert watched.problem is not None
+    assert watched.problem.startswith(f"{path}: confirm: ")
+    assert told == ["refused"]
+
+    path.write_text(TWO + "confirm: false\n")
+    assert looks(watched) == [False, True]
+    assert (watched.problem, told) == (None, ["refused", "mended", "taken"])
+
+
+def test_requiring_what_the_policy_in_force_does_not_have_is_an_error(path: Path) -> None:
+    path.write_text(ONE + "confirm: {on_error: pass}\n")
+    with pytest.raises(PolicyError, match=r"policy.yaml: confirm: .*TIDEGATE_CONFIRM_GUARD"):
+        WatchedPolicy(path).require(unconfirmed)
 
 
 def test_a_file_that_is_away_for_a_moment_does_no_harm(path: Path) -> None:

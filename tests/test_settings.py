@@ -44,6 +44,24 @@ def test_the_process_environment_is_read_when_none_is_given(monkeypatch: pytest.
     assert read_settings().policy == "loose"
 
 
+def test_a_setting_is_called_what_it_was_given_as(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("k")
+    environment = {"TIDEGATE_UPSTREAM_KEY_FILE": str(tmp_path / "key"), "TIDEGATE_PORT": "1", "TIDEGATE_HOST": "::1"}
+
+    settings = read_settings(environment, port=2)
+
+    called = [settings.called(name) for name in ("upstream_key", "host", "port", "guard")]
+    assert called == ["TIDEGATE_UPSTREAM_KEY_FILE", "TIDEGATE_HOST", "port", "TIDEGATE_GUARD"]
+
+
+def test_a_secret_that_cannot_be_used_is_said_with_the_name_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("two\nlines")
+    with pytest.raises(SettingsError) as caught:
+        read_settings({"TIDEGATE_UPSTREAM_KEY_FILE": str(tmp_path / "key")})
+
+    assert caught.value.where == "TIDEGATE_UPSTREAM_KEY_FILE"
+
+
 @pytest.mark.parametrize(
     ("variable", "suggestion"),
     [

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO, get_args
@@ -34,7 +35,7 @@ from typer.core import TyperGroup
 
 from tidegate import __version__
 from tidegate.errors import GuardError, GuardUnavailable, InputError, StoreError, TidegateError
-from tidegate.settings import Settings, read_settings
+from tidegate.settings import LogFormat, Settings, log_format_asked, read_settings
 from tidegate.types import (
     Action,
     Conversation,
@@ -58,12 +59,12 @@ if TYPE_CHECKING:
     from tidegate.console.playground import Suggestion
     from tidegate.data.check import Tally
     from tidegate.gateway.entrance import EntranceOptions
-    from tidegate.gateway.logs import LogFormat
     from tidegate.gateway.tracing import Tracing
     from tidegate.gateway.webhooks import Courier
     from tidegate.guards import Guard, StreamGuard
+    from tidegate.guards.second import SecondGuard
     from tidegate.moderate import Step
-    from tidegate.policy import Explanation, Policy, PolicySource, Replay
+    from tidegate.policy import Explanation, Policy, PolicySource, Replay, WatchedPolicy
     from tidegate.store import Key, Store
     from tidegate.store.outbox import Address
 
@@ -202,11 +203,10 @@ async def _check_one(conversation: Conversation, settings: Settings) -> Decision
 
 @contextlib.asynccontextmanager
 async def _judging(settings: Settings) -> AsyncGenerator[tuple[StreamGuard, Policy], None]:
-    from tidegate.guards import load_guard
     from tidegate.policy import load_policy
 
     policy = load_policy(settings.policy)
-    guard = load_guard(settings.guard)
+    guard = _load_guard(settings)
     try:
         yield guard, policy
     finally:
@@ -300,8 +300,14 @@ async def _watch(settings: Settings, context: Conversation | None) -> Decision:
     from tidegate.moderate import moderate_stream
 
     show = _Painter()
-    async with _judging(settings) as (guard, policy), contextlib.aclosing(_stdin()) as pieces:
-        steps = moderate_stream(pieces, guard=guard, policy=policy, context=context, timeout_s=settings.guard_timeout)
+    async with (
+        _judging(settings) as (guard, policy),
+        _confirming(settings, policy) as second,
+        contextlib.aclosing(_stdin()) as pieces,
+    ):
+        steps = moderate_stream(
+            pieces, guard=guard, policy=policy, context=context, timeout_s=settings.guard_timeout, second=second
+        )
         async with contextlib.aclosing(steps):
             async for step in steps:
                 show.step(step)
@@ -309,6 +315,26 @@ async def _watch(settings: Settings, context: Conversation | None) -> Decision:
                     show.end(step.decision)
                     return step.decision
     raise InputError("the stream ended without a decision")
+
+
+@contextlib.asynccontextmanager
+async def _confirming(settings: Settings, policy: Policy) -> AsyncGenerator[SecondGuard | None, None]:
+    """Who confirms alarms of a stream, where the policy has them confirmed."""
+    from tidegate.guards.second import SecondGuard
+
+    if not policy.confirm.enabled:
+        yield None
+        return
+    confirmer = _load_confirmer(settings)
+    if confirmer is None:
+        said = f"an alarm that nobody confirms is as confirm.on_error says, {policy.confirm.on_error}"
+        _say(f"TIDEGATE_CONFIRM_GUARD is not set, and the policy says confirm: {said}", style="yellow")
+        yield None
+        return
+    try:
+        yield SecondGuard(confirmer, timeout_s=settings.confirm_timeout)
+    finally:
+        await confirmer.close()
 
 
 async def _stdin() -> AsyncGenerator[str, None]:
@@ -437,7 +463,7 @@ def serve(
     """Serve the gateway (for programs) and the playground (for people)."""
     if demo and upstream is not None:
         raise InputError("--demo starts an upstream of its own: leave --upstream out")
-    with _demo_running() if demo else contextlib.nullcontext(upstream) as url:
+    with _errors_as_logged(), _demo_running() if demo else contextlib.nullcontext(upstream) as url:
         given: dict[str, Any] = {
             "upstream_url": url,
             "policy": policy,
@@ -453,6 +479,19 @@ def serve(
             _serve_workers(settings, given, demo=demo)
         else:
             _serve(settings, demo=demo)
+
+
+@contextlib.contextmanager
+def _errors_as_logged() -> Iterator[None]:
+    """What ends a server is said in the form of its log, also where its settings could not be read."""
+    try:
+        yield
+    except (TidegateError, OSError) as error:
+        if log_format_asked() == "text":
+            raise
+        words = (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
+        _tell(f"tidegate: {words}", "json", logging.ERROR)
+        raise typer.Exit(WRONG) from None
 
 
 @app.command("demo-upstream")
@@ -474,18 +513,18 @@ _DEMO_SHUTDOWN: Final = 2
 
 def _serve(settings: Settings, *, demo: bool) -> None:
     from tidegate.guards import load_guard
-    from tidegate.policy import WatchedPolicy
 
     auth = settings.check_entrance()
-    policy = WatchedPolicy(settings.policy)
+    policy = _watched_policy(settings)
     guard = _load_guard(settings)
     fallback = None if settings.guard == "edge" else load_guard("edge")
     confirmer = _load_confirmer(settings)
     with (
-        _listening(settings.host, settings.port, settings.client_timeout) as socket,
+        _listening_as_set(settings) as socket,
         _open_store(settings) as store,
     ):
-        application = _application(settings, guard, fallback, confirmer, policy, store, demo=demo)
+        with _naming(settings):
+            application = _application(settings, guard, fallback, confirmer, policy, store, demo=demo)
         _warn_open(settings, auth, store)
         _run_server(_settings_config(settings, application), socket, _addresses(settings, socket), settings.log_format)
 
@@ -493,16 +532,17 @@ def _serve(settings: Settings, *, demo: bool) -> None:
 def _serve_workers(settings: Settings, given: dict[str, Any], *, demo: bool) -> None:
     """Supervise workers, which read the settings again when they start: a restart takes a new secret from its file."""
     from tidegate.gateway.workers import Workers
-    from tidegate.policy import WatchedPolicy
 
     if settings.database_url in ("sqlite://", "sqlite:///:memory:"):
-        raise InputError("several workers need a database that is not in memory only", where="TIDEGATE_DATABASE_URL")
+        raise InputError(
+            "several workers need a database that is not in memory only", where=settings.called("database_url")
+        )
     auth = settings.check_entrance()  # what is wrong here is said once, and not by each worker
-    WatchedPolicy(settings.policy)
+    _watched_policy(settings)
     with _open_store(settings) as store:
         _warn_open(settings, auth, store)
     with (
-        _listening(settings.host, settings.port, settings.client_timeout) as socket,
+        _listening_as_set(settings) as socket,
         tempfile.TemporaryDirectory(prefix="tidegate-metrics-") as folder,
     ):
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
@@ -537,7 +577,6 @@ def _worker(given: dict[str, Any], *, demo: bool) -> Starlette:
 
     from tidegate.gateway.workers import end_with_parent
     from tidegate.guards import load_guard
-    from tidegate.policy import WatchedPolicy
 
     end_with_parent()
     try:
@@ -545,19 +584,53 @@ def _worker(given: dict[str, Any], *, demo: bool) -> Starlette:
         guard = _load_guard(settings)
         fallback = None if settings.guard == "edge" else load_guard("edge")
         confirmer = _load_confirmer(settings)
-        policy = WatchedPolicy(settings.policy)
-        return _application(settings, guard, fallback, confirmer, policy, _open_store(settings), demo=demo)
+        policy = _watched_policy(settings)
+        with _naming(settings):
+            return _application(settings, guard, fallback, confirmer, policy, _open_store(settings), demo=demo)
     except TidegateError as error:
-        _say(f"tidegate: {error}", style="red")
+        _tell(f"tidegate: {error}", log_format_asked(), logging.ERROR)
         raise SystemExit(STARTUP_FAILURE) from None
+
+
+def _watched_policy(settings: Settings) -> WatchedPolicy:
+    """The policy of the settings, now and as it changes: one that can be carried out with them."""
+    from tidegate.policy import WatchedPolicy, unconfirmed
+
+    policy = WatchedPolicy(settings.policy)
+    if settings.confirm_guard is None:
+        policy.require(unconfirmed)
+    return policy
+
+
+@contextlib.contextmanager
+def _naming(settings: Settings, setting: str | None = None) -> Iterator[None]:
+    """What is wrong with the value of a setting is said with the setting's name, as it was given.
+
+    Args:
+        settings: all of them.
+        setting: whose value is used in the block; None where errors name the setting themselves, in their place.
+    """
+    try:
+        yield
+    except InputError as error:
+        if setting is not None and error.where in (None, "guard", setting):
+            where: str | None = settings.called(setting)
+        elif error.where in Settings.model_fields:
+            where = settings.called(error.where)
+        else:
+            where = error.where if setting is None else f"{settings.called(setting)}: {error.where}"
+        raise type(error)(error.message, where=where) from None
+    except GuardUnavailable as error:
+        raise GuardUnavailable(str(error) if setting is None else f"{settings.called(setting)}: {error}") from None
 
 
 def _load_guard(settings: Settings) -> StreamGuard:
     from tidegate.guards import load_guard
 
-    if settings.adapters:
-        return load_guard(settings.guard, adapters=settings.adapters)
-    return load_guard(settings.guard)
+    with _naming(settings, "guard"):
+        if settings.adapters:
+            return load_guard(settings.guard, adapters=settings.adapters)
+        return load_guard(settings.guard)
 
 
 def _load_confirmer(settings: Settings) -> StreamGuard | None:
@@ -565,12 +638,8 @@ def _load_confirmer(settings: Settings) -> StreamGuard | None:
 
     if settings.confirm_guard is None:
         return None
-    try:
+    with _naming(settings, "confirm_guard"):
         return load_guard(settings.confirm_guard)
-    except InputError as error:
-        if error.where != "guard":
-            raise
-        raise InputError(error.message, where="TIDEGATE_CONFIRM_GUARD") from None
 
 
 def _addresses(settings: Settings, socket: Socket) -> tuple[str, ...]:
@@ -589,13 +658,13 @@ def _warn_open(settings: Settings, auth: str, store: Store) -> None:
         _tell(
             f"everybody who reaches {settings.host} is let in{whose}: TIDEGATE_AUTH is none",
             settings.log_format,
-            warning=True,
+            logging.WARNING,
         )
     if auth == "keys" and not store.keys.list():
         _tell(
             "there is no key yet, so nobody is let in: make one with tidegate keys create",
             settings.log_format,
-            warning=True,
+            logging.WARNING,
         )
 
 
@@ -628,7 +697,9 @@ def _connection_options(settings: Settings) -> dict[str, Any]:
             context.load_verify_locations(settings.tls_client_ca)
     except (ssl.SSLError, OSError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
-        raise InputError(f"the certificate or its key cannot be used: {reason}", where="TIDEGATE_TLS_CERT") from None
+        raise InputError(
+            f"the certificate or its key cannot be used: {reason}", where=settings.called("tls_cert")
+        ) from None
     return {"bounds": bounds, **options}
 
 
@@ -639,7 +710,7 @@ def _entrance(settings: Settings, store: Store) -> EntranceOptions:
 
     auth = settings.check_entrance()
     if auth == "keys" and settings.database_url == "sqlite://":
-        raise InputError("keys need a database that is not in memory only", where="TIDEGATE_DATABASE_URL")
+        raise InputError("keys need a database that is not in memory only", where=settings.called("database_url"))
     return EntranceOptions(
         keys=store.keys if auth == "keys" else None,
         keys_age_s=settings.keys_max_age,
@@ -674,6 +745,7 @@ def _application(
     from tidegate.gateway.live import LiveLimits
     from tidegate.gateway.upstream import Upstream
     from tidegate.guards.breaker import BreakerOptions
+    from tidegate.guards.second import SecondGuard
 
     key = None if settings.upstream_key is None else settings.upstream_key.get_secret_value()
     tracing = _tracing(settings)
@@ -695,6 +767,7 @@ def _application(
         keep=store.keep,
         suggestions=_suggestions(demo=demo),
         guard_timeout_s=settings.guard_timeout,
+        second=None if confirmer is None else SecondGuard(confirmer, timeout_s=settings.confirm_timeout),
     )
     return create_app(
         guard=guard,
@@ -730,8 +803,9 @@ def _application(
 def _tracing(settings: Settings) -> Tracing | None:
     if settings.traces == "none":
         return None
-    provider = _from_extra("otel", "tidegate.gateway.tracing", "otlp_provider")()
-    tracing: Tracing = _from_extra("otel", "tidegate.gateway.tracing", "Tracing")(provider)
+    asked = f"{settings.called('traces')}: {settings.traces}"
+    provider = _from_extra("otel", "tidegate.gateway.tracing", "otlp_provider", asked=asked)()
+    tracing: Tracing = _from_extra("otel", "tidegate.gateway.tracing", "Tracing", asked=asked)(provider)
     return tracing
 
 
@@ -762,8 +836,12 @@ def _demo_running() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _listening(host: str, port: int, client_timeout: float | None = None) -> Iterator[Socket]:
+def _listening(
+    host: str, port: int, client_timeout: float | None = None, *, where: str = "host and port"
+) -> Iterator[Socket]:
     """A listening socket; bound here so that a taken port is a clear error, and a free one is known.
+
+    ``where`` is what the error calls the two.
 
     Where the system can (Linux), it also ends the connection of a client that takes nothing for twice
     ``client_timeout`` seconds: after the gateway gave it up, what is unsent would otherwise stay as long as the client.
@@ -783,8 +861,13 @@ def _listening(host: str, port: int, client_timeout: float | None = None) -> Ite
                 )
             listening.bind(address)
         except OSError as error:
-            raise InputError(f"cannot listen on {host}:{port}: {error.strerror}", where="host and port") from None
+            raise InputError(f"cannot listen on {host}:{port}: {error.strerror}", where=where) from None
         yield listening
+
+
+def _listening_as_set(settings: Settings) -> AbstractContextManager[Socket]:
+    where = f"{settings.called('host')} and {settings.called('port')}"
+    return _listening(settings.host, settings.port, settings.client_timeout, where=where)
 
 
 def _address(socket: Socket, *, secure: bool = False) -> str:
@@ -891,7 +974,7 @@ def export_decisions(
             write_jsonl(decisions, sys.stdout)
             return
         if out.suffix == ".parquet":
-            write_parquet = _from_extra("parquet", "tidegate.store.parquet", "write_parquet")
+            write_parquet = _from_extra("parquet", "tidegate.store.parquet", "write_parquet", asked="--out: .parquet")
             with open(out, "wb", opener=_private) as binary:
                 count = write_parquet(decisions, binary)
         elif out.suffix == ".jsonl":
@@ -956,14 +1039,17 @@ def _open_store(settings: Settings) -> Store:
     from tidegate.store import open_store
 
     key = None if settings.fingerprint_key is None else bytes.fromhex(settings.fingerprint_key.get_secret_value())
-    return open_store(
-        settings.database_url,
-        spool=settings.spool,
-        spool_bytes=settings.spool_bytes,
-        key=key,
-        keep_days=settings.keep_days,
-        address=None if settings.webhooks is None else _address_of(settings.webhooks),
-    )
+    with _naming(settings, "webhooks"):
+        address = None if settings.webhooks is None else _address_of(settings.webhooks)
+    with _naming(settings):
+        return open_store(
+            settings.database_url,
+            spool=settings.spool,
+            spool_bytes=settings.spool_bytes,
+            key=key,
+            keep_days=settings.keep_days,
+            address=address,
+        )
 
 
 def _address_of(webhooks: Path) -> Address:
@@ -1113,7 +1199,7 @@ def revoke_key(identity: KeyArgument, database: DatabaseOption = None) -> None:
 def _keys_of(settings: Settings) -> Store:
     """The store, made when there is none: keys come before the first gateway."""
     if settings.database_url == "sqlite://":
-        raise InputError("keys need a database that is not in memory only", where="database")
+        raise InputError("keys need a database that is not in memory only", where=settings.called("database_url"))
     return _open_store(settings.model_copy(update={"keep_days": None}))
 
 
@@ -1188,7 +1274,11 @@ def check_policies(
             "rules": len(policy.all_rules),
             "layers": [layer.name for layer in policy.layers],
             "observed": len(policy.all_rules) if policy.observe else observed,
+            "needs": ["TIDEGATE_CONFIRM_GUARD"] if policy.confirms else [],
         }
+        if policy.confirms and read_settings().confirm_guard is None:
+            needs = "confirm needs TIDEGATE_CONFIRM_GUARD, which is not set here"
+            _say(f"{name}: {needs}: a gateway without it does not take this policy", style="yellow")
         _print_json(row)
     if wrong:
         raise typer.Exit(WRONG)
@@ -1399,12 +1489,11 @@ def evaluate(
 ) -> None:
     """Measure a guard on labelled examples: strict and loose F1, precision, recall, AUROC."""
     from tidegate.evals.run import evaluate as measure
-    from tidegate.guards import load_guard
 
     for path in benchmark:
         if not path.is_file():
             raise InputError("there is no such file", where=str(path))
-    judge = load_guard(read_settings(guard=guard).guard)
+    judge = _load_guard(read_settings(guard=guard))
     with _bar("judging") as progress:
         task = progress.add_task("judging", total=None)
 
@@ -1530,13 +1619,14 @@ def _calibrated(run: Path, folder: Path, data: Path) -> Any:
         return finish(run, folder, data, progress=moved)
 
 
-def _from_extra(extra: str, module: str, name: str) -> Any:
+def _from_extra(extra: str, module: str, name: str, *, asked: str = "this") -> Any:
+    """Something of a module that an extra is for; ``asked`` is what asked for it, for the error when it is missing."""
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tidegate"):
             raise
-        raise InputError(f"this needs {error.name}: pip install 'tidegate[{extra}]'") from None
+        raise InputError(f"{asked} needs {error.name}: pip install 'tidegate[{extra}]'") from None
 
 
 @app.command()
@@ -1573,15 +1663,15 @@ def _say(words: str, style: str | None = None) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(words, style=style or ""))
 
 
-def _tell(words: str, form: LogFormat, *, warning: bool = False) -> None:
+def _tell(words: str, form: LogFormat, level: int = logging.INFO) -> None:
     """Say it as a server does: for people, or as a line of its JSON log."""
     from tidegate.gateway.logs import log_line
 
     if form == "json":
-        sys.stderr.write(log_line(words, logging.WARNING if warning else logging.INFO) + "\n")
+        sys.stderr.write(log_line(words, level) + "\n")
         sys.stderr.flush()
     else:
-        _say(words, style="yellow" if warning else None)
+        _say(words, style={logging.WARNING: "yellow", logging.ERROR: "red"}.get(level))
 
 
 def _print_json(value: Any) -> None:

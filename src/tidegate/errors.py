@@ -94,11 +94,14 @@ class UpstreamError(TidegateError):
     Args:
         message: what happened, without any user text.
         status: the HTTP status that the upstream gave; None when there was none.
+        reason: more for the operator's log, in words of ours or of the system, as ``connection refused``; no client is
+            told. None when the message says all.
     """
 
-    def __init__(self, message: str, *, status: int | None = None) -> None:
+    def __init__(self, message: str, *, status: int | None = None, reason: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.reason = reason
 
 
 class StoreError(TidegateError):

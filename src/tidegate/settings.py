@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError, field_validator
 
 from tidegate.errors import SettingsError
 
-__all__ = ["PREFIX", "Continues", "Settings", "read_settings"]
+__all__ = ["PREFIX", "Continues", "LogFormat", "Settings", "log_format_asked", "read_settings"]
 
 Continues = Literal["no", "vllm", "prefill"]
 """How an upstream goes on from the beginning of an answer."""
+
+LogFormat = Literal["text", "json"]
 
 PREFIX: Final = "TIDEGATE_"
 _SECRETS: Final = ("upstream_key", "fingerprint_key")
@@ -63,6 +65,7 @@ class Settings(BaseModel):
     """All settings, checked. Frozen; its repr shows no secret."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    _given_as: dict[str, str] = PrivateAttr(default_factory=dict)
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address that the server listens on. The default is reachable from this machine only."""
@@ -158,7 +161,7 @@ class Settings(BaseModel):
     """Where traces go: ``otlp`` sends them where the ``OTEL_`` variables say."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity of what is logged. User text is never logged."""
-    log_format: Literal["text", "json"] = "text"
+    log_format: LogFormat = "text"
     """Lines of text, or one JSON object a line."""
     access_log: bool = False
     """Whether each request is a line of the log, with its route and status; at ``debug`` they are anyway."""
@@ -198,6 +201,10 @@ class Settings(BaseModel):
         if value is not None and not value.is_file():
             raise ValueError("there is no such file")
         return value
+
+    def called(self, name: str) -> str:
+        """As what the value of a setting was given, for error messages: a variable, that of a file, or a keyword."""
+        return self._given_as.get(name, f"{PREFIX}{name.upper()}")
 
     @property
     def local(self) -> bool:
@@ -275,34 +282,53 @@ def read_settings(environment: Mapping[str, str] | None = None, **given: Any) ->
     Raises:
         SettingsError: when a name is unknown or a value cannot be used; says which, and what was expected.
     """
-    values = _from_environment(os.environ if environment is None else environment)
+    values, given_as = _from_environment(os.environ if environment is None else environment)
     for name, value in given.items():
         if name not in Settings.model_fields:
             raise SettingsError(f"unknown setting{_nearest(name, Settings.model_fields)}", where=name)
         if value is not None:
-            values[name] = value
+            values[name], given_as[name] = value, name
     try:
-        return Settings(**values)
+        settings = Settings(**values)
     except ValidationError as error:
-        raise _explain(error, values, given) from None
+        raise _explain(error, values, given_as) from None
+    settings._given_as.update(given_as)
+    return settings
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+def log_format_asked(environment: Mapping[str, str] | None = None) -> LogFormat:
+    """The form of the log, for whoever has to say that other settings cannot be used; ``text`` where it is none.
+
+    Args:
+        environment: the variables to read; None for those of this process.
+    """
+    asked = (os.environ if environment is None else environment).get(f"{PREFIX}LOG_FORMAT")
+    return "json" if asked == "json" else "text"
+
+
+def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values by the names of settings, and the variables that they are from."""
     known = {f"{PREFIX}{name.upper()}": name for name in Settings.model_fields}
     files = {f"{PREFIX}{name.upper()}_FILE": name for name in _IN_FILES}
     values: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
     for variable in sorted(environment):
         if not variable.startswith(PREFIX):
             continue
         if variable in known:
-            values[known[variable]] = environment[variable]
+            name = known[variable]
+            values[name], given_as[name] = environment[variable], variable
         elif variable in files:
-            if f"{PREFIX}{files[variable].upper()}" in environment:
+            name = files[variable]
+            if f"{PREFIX}{name.upper()}" in environment:
                 raise SettingsError("give the secret itself or its file, not both", where=variable)
-            values[files[variable]] = _secret_from(environment[variable], variable)
+            values[name], given_as[name] = _secret_from(environment[variable], variable), variable
         else:
             raise SettingsError(f"unknown setting{_nearest(variable, (*known, *files))}", where=variable)
-    return {name: value for name, value in values.items() if value != "" or name not in _UNSET_WHEN_EMPTY}
+    unset = [name for name, value in values.items() if value == "" and name in _UNSET_WHEN_EMPTY]
+    for name in unset:
+        del values[name], given_as[name]
+    return values, given_as
 
 
 def _secret_from(path: str, variable: str) -> str:
@@ -314,14 +340,14 @@ def _secret_from(path: str, variable: str) -> str:
         raise SettingsError(f"cannot read the file {path!r}: {reason}", where=variable) from None
 
 
-def _explain(error: ValidationError, values: Mapping[str, Any], given: Mapping[str, Any]) -> SettingsError:
+def _explain(error: ValidationError, values: Mapping[str, Any], given_as: Mapping[str, str]) -> SettingsError:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     name = str(first["loc"][0])
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if name not in _HIDDEN:
         message = f"{message}, got {values[name]!r}"
-    return SettingsError(message, where=name if given.get(name) is not None else f"{PREFIX}{name.upper()}")
+    return SettingsError(message, where=given_as[name])
 
 
 def _nearest(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from starlette.testclient import TestClient
 from tidegate.console.app import create_console
 from tidegate.console.playground import LONGEST_PROMPT, Answer, Ask, parse_ask, play
 from tidegate.errors import GuardTimeout, InputError, StoreError, UpstreamError
-from tidegate.policy import load_policy, parse_policy
-from tidegate.testing import FakeStreamGuard
+from tidegate.guards.second import SecondGuard
+from tidegate.policy import Confirm, load_policy, parse_policy
+from tidegate.testing import FakeGuard, FakeStreamGuard
 from tidegate.types import Action, Conversation, Decision, Verdict
 
 BALANCED = load_policy("balanced")
@@ -73,6 +75,14 @@ async def test_at_a_block_the_text_of_what_stopped_it_never_leaves() -> None:
     (decision,) = only(events, "decision")
     assert decision["decision"]["action"] == "block"
     assert decision["message"] == BALANCED.message
+
+
+async def test_an_alarm_is_confirmed_before_it_stops_an_answer_where_the_policy_says_so() -> None:
+    cautious = replace(BALANCED, confirm=Confirm())
+    second = SecondGuard(FakeGuard(unsafe={}, name="strong/1"))
+    events = await events_of(ASK, says("a bomb ", "bomb shelter"), policy=cautious, second=second)
+    assert shown(events) == "a bomb bomb shelter"
+    assert not only(events, "cut")
 
 
 async def test_a_blocked_prompt_gets_no_answer_and_the_upstream_is_let_go() -> None:

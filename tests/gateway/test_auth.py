@@ -238,6 +238,24 @@ def test_metrics_need_a_key_that_opens_them_unless_they_are_open(keys: Keys) -> 
         EntranceOptions(open_doors=["chat"])
 
 
+def test_who_is_turned_away_is_counted_under_the_route_of_the_door(keys: Keys) -> None:
+    _, token = keys.create("shop", doors=("chat",))
+    with serving(make(keys, open_doors=("metrics",))) as url:
+        httpx.post(f"{url}/v1/chat/completions")
+        httpx.get(f"{url}/v1/models/some-model")
+        httpx.post(f"{url}/v1/moderations", headers=bearer(token))
+        httpx.get(f"{url}/no/such/path")
+        told = httpx.get(f"{url}/metrics").text
+
+    for route, status in (
+        ("/v1/chat/completions", 401),
+        ("/v1/models/{name:path}", 401),
+        ("/v1/moderations", 403),
+        ("other", 401),
+    ):
+        assert f'tidegate_requests_total{{route="{route}",status="{status}"}} 1.0' in told
+
+
 def test_a_browser_opens_the_console_with_a_key_as_password(keys: Keys) -> None:
     _, token = keys.create("people", doors=["console"])
     console = create_console(guard=FakeStreamGuard(), policy=make_policy())

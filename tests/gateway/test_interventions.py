@@ -11,6 +11,7 @@ import pytest
 from openai import OpenAI
 
 from serving import Record, serving, wait_until
+from tidegate.errors import PolicyError
 from tidegate.gateway.app import create_app
 from tidegate.gateway.redaction import masked_body
 from tidegate.policy import Policy, parse_policy
@@ -386,13 +387,10 @@ def test_an_alarm_that_the_confirming_guard_overrules_cuts_nothing() -> None:
     assert field(chunks)["interventions"][0]["outcome"] == "overruled"
 
 
-def test_without_a_confirming_guard_the_alarm_stands() -> None:
-    with running("confirm: true\n") as gateway:
-        gateway.upstream.reply = Reply.stream(*text_chunks(["a bomb ", "bomb shelter"]))
-        text, chunks = gateway.stream()
-
-    assert text == "a"
-    assert [one["outcome"] for one in field(chunks)["interventions"]] == ["failed", "done"]
+@pytest.mark.parametrize("lines", ["confirm: true\n", "layers: {tenant: {bank: {confirm: {on_error: pass}}}}\n"])
+def test_a_policy_whose_alarms_nobody_could_confirm_is_not_taken(lines: str) -> None:
+    with pytest.raises(PolicyError, match=r"confirm: .*TIDEGATE_CONFIRM_GUARD"), running(lines):
+        pass
 
 
 def test_text_that_left_first_is_in_the_coverage_and_in_the_metrics() -> None:

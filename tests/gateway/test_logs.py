@@ -19,7 +19,7 @@ import canary
 from serving import make_policy, serving, wait_until
 from tidegate.gateway.app import create_app
 from tidegate.gateway.logs import LogFormat, log_config
-from tidegate.testing import FakeStreamGuard
+from tidegate.testing import Die, FakeStreamGuard, FakeUpstream, Hang, Reply, Send
 
 NAMES = ("", "uvicorn", "uvicorn.error", "uvicorn.access", "tidegate", "tidegate.access")
 
@@ -88,6 +88,47 @@ def test_no_line_has_user_text(lines: Lines, form: LogFormat) -> None:
     assert "POST /v1/chat/completions 200" in lines.text
     assert "Exception in ASGI application" in lines.text
     assert not [word for word in canary.CANARIES if word in lines.text.lower()]
+
+
+SECRET = "sk-canary-key"
+ENDINGS: dict[str, tuple[Reply | None, str]] = {
+    "nobody there": (None, "the upstream cannot be reached (connection refused)"),
+    "hangs": (Reply((Hang(),)), "the upstream did not answer in time (silent for too long)"),
+    "dies": (
+        Reply((Send(b"{"), Die())),
+        "the upstream broke off (its answer ended before it was whole)",
+    ),
+    "garbage": (Reply.json(b"said-by-a-model"), "the upstream's answer is not JSON"),
+    "another shape": (
+        Reply.json(["said-by-a-model"]),
+        "the upstream's answer is not a chat completion",
+    ),
+    "status": (Reply.error(502, "said-by-a-model"), "the upstream answered with status 502"),
+    "the client's fault": (Reply.error(404, "said-by-a-model"), "the upstream answered with status 404"),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_an_exchange_that_failed_says_why_without_anybodys_words(lines: Lines, name: str) -> None:
+    reply, words = ENDINGS[name]
+    lines.use("info", "json")
+    with serving(FakeUpstream(reply or Reply.json({}))) as there:
+        app = create_app(
+            guard=FakeStreamGuard(),
+            policy=make_policy(),
+            upstream_url="http://127.0.0.1:9/v1" if reply is None else f"{there}/v1",
+            upstream_key=SECRET,
+            silence_timeout_s=0.2,
+        )
+        with serving(app, log_config=lines.config, log_level=None) as url:
+            body = {"model": "m", "messages": [{"role": "user", "content": "said-by-a-person"}]}
+            assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code >= 400
+
+    (line,) = [one for one in lines.objects if one["logger"] == "tidegate.gateway"]
+    assert line["message"].removeprefix("exchange failed: ").removeprefix("UpstreamError: ") == words
+    assert line["level"] == ("info" if "404" in words else "warning")
+    assert "said-by" not in lines.text
+    assert SECRET not in lines.text
 
 
 def test_each_request_is_one_object(lines: Lines) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kept import TALK, decision, url_of
-from tidegate.errors import StoreError
+from tidegate.errors import InputError, StoreError
 from tidegate.policy import Retention
 from tidegate.store import Store, open_store
 from tidegate.store.schema import NEWEST
@@ -215,9 +215,10 @@ def test_a_file_that_is_no_database_is_refused(file: Path) -> None:
     ],
 )
 def test_a_url_that_is_not_one_of_ours_is_refused_without_its_password(url: str, expected: str) -> None:
-    with pytest.raises(StoreError, match=expected) as caught:
+    with pytest.raises(InputError, match=expected) as caught:
         open_store(url)
 
+    assert caught.value.where == "database_url"
     assert "hunter2" not in str(caught.value)
 
 

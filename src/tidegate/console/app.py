@@ -31,6 +31,7 @@ from tidegate.console.playground import (
 )
 from tidegate.errors import InputError
 from tidegate.guards.base import StreamGuard
+from tidegate.guards.second import SecondGuard
 from tidegate.moderate import Keep
 from tidegate.policy import PRESETS, PolicySource, load_policy
 
@@ -61,6 +62,7 @@ def create_console(
     keep: Keep | None = None,
     suggestions: Sequence[Suggestion] = (*PROMPTS, *TEXTS),
     guard_timeout_s: float | None = None,
+    second: SecondGuard | None = None,
 ) -> list[BaseRoute]:
     """The console's routes, to stand beside others in one Starlette app; ``/`` leads to the playground.
 
@@ -72,6 +74,7 @@ def create_console(
         keep: keeps the decisions; None keeps none.
         suggestions: examples that the page offers, in order.
         guard_timeout_s: seconds that the guard may take for a text or a piece of one; None for as long as it wants.
+        second: confirms the alarms of streams where the policy says so; its owner closes it. None when there is none.
     """
     own = policy.current.name
     policies: dict[str, PolicySource] = {own: policy} | {name: load_policy(name) for name in PRESETS if name != own}
@@ -86,7 +89,13 @@ def create_console(
         except InputError as error:
             return _error(400, str(error))
         events = play(
-            ask, guard=guard, policy=policies[ask.policy].current, answer=answer, keep=keep, timeout_s=guard_timeout_s
+            ask,
+            guard=guard,
+            policy=policies[ask.policy].current,
+            answer=answer,
+            keep=keep,
+            timeout_s=guard_timeout_s,
+            second=second,
         )
         return EventStream(events, headers=HEADERS)
 

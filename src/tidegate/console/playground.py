@@ -24,6 +24,7 @@ from starlette.types import Scope as AsgiScope
 
 from tidegate.errors import GuardError, InputError, StoreError, TidegateError, UpstreamError
 from tidegate.guards.base import StreamGuard
+from tidegate.guards.second import SecondGuard
 from tidegate.moderate import Keep, Step, moderate, moderate_stream
 from tidegate.personal import mask
 from tidegate.policy import Policy
@@ -158,13 +159,14 @@ async def play(
     answer: Answer | None,
     keep: Keep | None = None,
     timeout_s: float | None = None,
+    second: SecondGuard | None = None,
 ) -> AsyncGenerator[Event, None]:
     """Judge what was asked and what comes back; give the events of the module's text.
 
     The upstream starts while the prompt is judged, or behind that where the policy could have the prompt masked. A
     prompt that is blocked ends an ask; a text to judge is judged whatever its prompt is. The guard may take
-    ``timeout_s`` seconds for a text or a piece of one; None for as long as it wants. Never raises a TidegateError: it
-    becomes an ``error`` event.
+    ``timeout_s`` seconds for a text or a piece of one; None for as long as it wants. ``second`` confirms alarms where
+    the policy says so. Never raises a TidegateError: it becomes an ``error`` event.
     """
     timing = _Timing()
     masks = ask.response is None and policy.for_scope(_SCOPE, Target.PROMPT).masks
@@ -187,7 +189,9 @@ async def play(
                 arriving = _Arriving(
                     _pieces(replace(ask, prompt=mask(ask.prompt)[0]) if masks else ask, answer), timing
                 )
-            events = _answer_events(ask, arriving, timing, guard=guard, policy=policy, keep=keep, timeout_s=timeout_s)
+            events = _answer_events(
+                ask, arriving, timing, guard=guard, policy=policy, keep=keep, timeout_s=timeout_s, second=second
+            )
             async with contextlib.aclosing(events):
                 async for event in events:
                     yield event
@@ -211,6 +215,7 @@ async def _answer_events(
     policy: Policy,
     keep: Keep | None,
     timeout_s: float | None,
+    second: SecondGuard | None,
 ) -> AsyncGenerator[Event, None]:
     shown = _Shown()
 
@@ -221,7 +226,14 @@ async def _answer_events(
 
     context = Conversation.of(ask.prompt) if ask.prompt.strip() else None
     steps = moderate_stream(
-        pieces(), guard=guard, policy=policy, scope=_SCOPE, context=context, keep=keep, timeout_s=timeout_s
+        pieces(),
+        guard=guard,
+        policy=policy,
+        scope=_SCOPE,
+        context=context,
+        keep=keep,
+        timeout_s=timeout_s,
+        second=second,
     )
     async with contextlib.aclosing(steps):
         async for step in steps:

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from tidegate import __version__
-from tidegate.errors import TidegateError
+from tidegate.errors import PolicyError, TidegateError
 from tidegate.gateway.chat import ChatDoor
 from tidegate.gateway.completions import CompletionsDoor
 from tidegate.gateway.entrance import Entrance, EntranceOptions
@@ -27,7 +27,7 @@ from tidegate.gateway.exchange import Behind, Door, Endpoint
 from tidegate.gateway.guard import GuardDoor
 from tidegate.gateway.limits import Throttle
 from tidegate.gateway.live import Live, LiveLimits
-from tidegate.gateway.logs import AccessLog
+from tidegate.gateway.logs import AccessLog, route_of
 from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
@@ -43,7 +43,7 @@ from tidegate.guards.callers import CallersGuard
 from tidegate.guards.resilient import FALLBACK_DEADLINE_S, ResilientGuard
 from tidegate.guards.second import SecondGuard
 from tidegate.moderate import Keep, failure_of
-from tidegate.policy import PolicySource, Retention, WatchedPolicy
+from tidegate.policy import PolicySource, Retention, WatchedPolicy, unconfirmed
 from tidegate.policy.watching import Outcome
 from tidegate.settings import Continues
 from tidegate.types import Advice, Conversation, Decision, Severity
@@ -108,7 +108,7 @@ def create_app(
             None when there is none: then that is a failure of the guard.
         breaker: when a guard that fails is left alone for a while; None for never.
         confirmer: confirms the alarms of streams where the policy says so; closed when the app shuts down. None when
-            there is none: then an alarm is as if it had failed.
+            there is none: then no policy with ``confirm`` is taken, at the beginning or later.
         confirm_timeout_s: seconds that it may take for one answer, more than 0.
         continues: how the upstream goes on from the beginning of an answer; see `tidegate.settings.Settings`.
         upstream_url: the LLM, as ``http://127.0.0.1:8000/v1``; None for a gateway that only moderates.
@@ -135,7 +135,10 @@ def create_app(
 
     Raises:
         InputError: when ``upstream_url`` is not an address, or the Redis of the entrance has none.
+        PolicyError: when the policy has alarms confirmed, and there is no ``confirmer``.
     """
+    if confirmer is None:
+        _require_no_confirmer(policy)
     telemetry = Telemetry(tracing)
     second = None if confirmer is None else SecondGuard(confirmer, timeout_s=confirm_timeout_s)
     gate = Entrance(entrance or EntranceOptions(), telemetry.registry)
@@ -259,6 +262,13 @@ def create_app(
     if tracing is not None:
         app.add_middleware(tracing.around)
     return app
+
+
+def _require_no_confirmer(policy: PolicySource) -> None:
+    if isinstance(policy, WatchedPolicy):
+        policy.require(unconfirmed)
+    elif (reason := unconfirmed(policy.current)) is not None:
+        raise PolicyError(reason, where=f"policy {policy.current.name}")
 
 
 def _guarded(
@@ -440,6 +450,4 @@ class _Counted:
             raise
         finally:
             self._running.discard(task)
-            route = scope.get("route")
-            path = getattr(route, "path", "other") if scope.get("endpoint") else "other"
-            self._telemetry.requests.labels(path, status).inc()
+            self._telemetry.requests.labels(route_of(scope) or "other", status).inc()

@@ -508,7 +508,7 @@ class _Exchange(Generic[A]):
 
     async def _whole(self, answer: UpstreamAnswer) -> JSONResponse:
         if answer.status != 200:
-            self._behind.telemetry.upstream_errors.labels("status").inc()
+            self._count_status(answer)
             raise await answer.problem()
         if self._asked.stream:
             raise UpstreamError("the upstream did not stream, although it was asked to")
@@ -598,15 +598,29 @@ class _Exchange(Generic[A]):
             return None
         self._answers.append(answer)
         if answer.status != 200 or answer.media_type != _EVENT_STREAM:
-            self._behind.telemetry.upstream_errors.labels("status").inc()
+            self._count_status(answer)
             return None
         return answer
+
+    def _count_status(self, answer: UpstreamAnswer) -> None:
+        """An answer that cannot be used as it is; one that says that the request is wrong is no failure of ours."""
+        self._behind.telemetry.upstream_errors.labels("status").inc()
+        level = logging.INFO if 400 <= answer.status <= 499 else logging.WARNING
+        _log.log(level, "exchange failed: the upstream answered with status %d", answer.status)
 
     def _count_error(self, error: TidegateError) -> None:
         if isinstance(error, UpstreamError):
             kind = {None: "malformed", 502: "broken", 504: "timeout"}.get(error.status, "broken")
             self._behind.telemetry.upstream_errors.labels(kind).inc()
-        _log.warning("exchange failed: %s", type(error).__name__)
+        _log.warning("exchange failed: %s", _said(error))
+
+
+def _said(error: TidegateError) -> str:
+    """An error for the log. Ours on an upstream quote nothing that it said; of others, the kind is enough."""
+    kind = type(error).__name__
+    if not isinstance(error, UpstreamError):
+        return kind
+    return f"{kind}: {error}" if error.reason is None else f"{kind}: {error} ({error.reason})"
 
 
 def _stopped() -> Problem:

@@ -14,11 +14,14 @@ import traceback
 import uuid
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 from uvicorn.logging import DefaultFormatter
+
+from tidegate.settings import LogFormat
 
 __all__ = [
     "METHODS",
@@ -29,10 +32,9 @@ __all__ = [
     "log_config",
     "log_line",
     "request_id",
+    "route_of",
     "trace_id",
 ]
-
-LogFormat = Literal["text", "json"]
 
 METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 """Those that are named; any other is a word of the client's."""
@@ -137,6 +139,14 @@ def _told(error: BaseException | None) -> list[dict[str, Any]]:
     return told
 
 
+def route_of(scope: AsgiScope) -> str | None:
+    """The route of a request, also of one that was turned away before it came there; None where there is none."""
+    route = scope.get("route")
+    if not scope.get("endpoint") and "app" in scope:
+        route = next((one for one in scope["app"].routes if one.matches(scope)[0] is not Match.NONE), None)
+    return getattr(route, "path", None)
+
+
 class AccessLog:
     """Says at the end of each request what was asked for and what became of it."""
 
@@ -172,7 +182,7 @@ class AccessLog:
         asked = scope.get("method", "WEBSOCKET")
         said = {
             "method": asked if asked in METHODS or scope["type"] == "websocket" else "other",
-            "route": getattr(scope.get("route"), "path", "other") if scope.get("endpoint") else "other",
+            "route": route_of(scope) or "other",
             "status": status,
             "seconds": round(seconds, 6),
         }

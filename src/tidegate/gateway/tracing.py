@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from tidegate import __version__
-from tidegate.gateway.logs import METHODS, trace_id
+from tidegate.gateway.logs import METHODS, route_of, trace_id
 from tidegate.types import Channel, Decision
 
 __all__ = ["TracedApp", "Tracing", "UpstreamSpan", "otlp_provider"]
@@ -227,7 +227,7 @@ class TracedApp:
                 failed(span, type(error).__name__)
                 raise
             finally:
-                route = getattr(scope.get("route"), "path", None) if scope.get("endpoint") else None
+                route = route_of(scope)
                 if route is not None:
                     span.set_attribute("http.route", route)
                     span.update_name(f"{method} {route}")

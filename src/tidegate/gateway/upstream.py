@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -315,8 +316,32 @@ class _translated:  # noqa: N801 - reads as a word
             self._span.fail(error)
         match error:
             case aiohttp.SocketTimeoutError() | asyncio.TimeoutError():
-                raise UpstreamError("the upstream did not answer in time", status=504) from error
+                raise UpstreamError("the upstream did not answer in time", status=504, reason=_reason(error)) from error
             case aiohttp.ClientConnectorError():
-                raise UpstreamError("the upstream cannot be reached", status=502) from error
+                raise UpstreamError("the upstream cannot be reached", status=502, reason=_reason(error)) from error
             case aiohttp.ClientError() | OSError():
-                raise UpstreamError("the upstream broke off", status=502) from error
+                raise UpstreamError("the upstream broke off", status=502, reason=_reason(error)) from error
+
+
+def _reason(error: Exception | None) -> str:
+    """Why, in words of ours or of the system: what the library says may quote the upstream."""
+    match error:
+        case aiohttp.ConnectionTimeoutError():
+            return "no connection in time"
+        case asyncio.TimeoutError():
+            return "silent for too long"
+        case aiohttp.ClientConnectorDNSError():
+            return "its name cannot be resolved"
+        case aiohttp.ClientConnectorCertificateError():
+            return "its certificate is not valid"
+        case aiohttp.ClientSSLError():
+            return "it does not speak TLS as expected"
+        case aiohttp.ServerDisconnectedError():
+            return "it closed the connection"
+        case aiohttp.ClientPayloadError():
+            return "its answer ended before it was whole"
+        case aiohttp.ClientResponseError():
+            return "what it sent is not HTTP"
+        case OSError(errno=int(number)):
+            return os.strerror(number).lower()
+    return type(error).__name__

@@ -59,7 +59,7 @@ from tidegate.policy.rules import (
     UnjudgedAnswer,
     UnjudgedRequest,
 )
-from tidegate.policy.watching import PolicySource, WatchedPolicy
+from tidegate.policy.watching import PolicySource, WatchedPolicy, unconfirmed
 
 __all__ = [
     "DEFAULT_MESSAGE",
@@ -97,4 +97,5 @@ __all__ = [
     "load_policy",
     "observed",
     "parse_policy",
+    "unconfirmed",
 ]

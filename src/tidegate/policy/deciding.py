@@ -201,6 +201,11 @@ class Policy:
         """The rules of the default and of every layer."""
         return (*self.rules, *(rule for layer in self.layers for rule in layer.rules))
 
+    @property
+    def confirms(self) -> bool:
+        """Whether anybody's alarms are to be confirmed by a second guard."""
+        return self.confirm.enabled or any(layer.confirm is not None and layer.confirm.enabled for layer in self.layers)
+
     def canonical(self) -> str:
         """The policy as JSON with sorted keys, defaults written out, and unordered lists sorted.
 

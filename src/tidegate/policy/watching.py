@@ -13,7 +13,7 @@ from tidegate.errors import PolicyError
 from tidegate.policy.deciding import Policy
 from tidegate.policy.reading import load_policy, parse_policy_file, policy_path, read_policy_file
 
-__all__ = ["PERIOD_S", "PolicySource", "WatchedPolicy"]
+__all__ = ["PERIOD_S", "PolicySource", "WatchedPolicy", "unconfirmed"]
 
 PERIOD_S: Final = 0.4
 """Seconds between two looks. A change is in force after two looks that find the same: in a second, in every process."""
@@ -21,6 +21,13 @@ PERIOD_S: Final = 0.4
 Outcome = Literal["taken", "refused", "unreadable", "mended"]
 
 _log = logging.getLogger("tidegate.policy")
+
+
+def unconfirmed(policy: Policy) -> str | None:
+    """Why a policy cannot be carried out where no guard confirms alarms; None when it can."""
+    if not policy.confirms:
+        return None
+    return "confirm: no guard is there to confirm alarms: name one with TIDEGATE_CONFIRM_GUARD, or say confirm: false"
 
 
 class PolicySource(Protocol):
@@ -57,6 +64,7 @@ class WatchedPolicy:
         self.problem: str | None = None
         self.tell = tell
         self._current = load_policy(path_or_preset)
+        self._why_not: Callable[[Policy], str | None] = lambda policy: None
         self._taken: str | None = None
         self._seen: str | None = None
         self._refused: str | None = None
@@ -65,6 +73,19 @@ class WatchedPolicy:
     def current(self) -> Policy:
         """The policy in force: the last good one."""
         return self._current
+
+    def require(self, why_not: Callable[[Policy], str | None]) -> None:
+        """Ask this of every policy from now on: one that cannot be carried out here is refused, as a broken file is.
+
+        Args:
+            why_not: why a policy cannot be carried out, in words for whoever wrote the file; None when it can.
+
+        Raises:
+            PolicyError: when the one in force cannot.
+        """
+        self._why_not = why_not
+        if (reason := why_not(self._current)) is not None:
+            raise PolicyError(reason, where=str(self.path))
 
     def look(self) -> bool:
         """Look at the file once; whether another policy came into force. Reads the disk."""
@@ -98,6 +119,8 @@ class WatchedPolicy:
             policy = parse_policy_file(data, source=str(self.path))
         except PolicyError as error:
             return self._refuse(str(error), "refused")
+        if (reason := self._why_not(policy)) is not None:
+            return self._refuse(f"{self.path}: {reason}", "refused")
         self._taken = self._seen
         self._clear()
         if policy == self._current:

@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError,
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import StaticPool
 
-from tidegate.errors import StoreError
+from tidegate.errors import InputError, StoreError
 from tidegate.store.patience import impatient
 from tidegate.store.schema import ensure_schema
 
@@ -128,17 +128,21 @@ def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise StoreError("the database URL cannot be read; expected something like sqlite:///tidegate.db") from None
+        raise InputError(
+            "the database URL cannot be read; expected something like sqlite:///tidegate.db", where="database_url"
+        ) from None
     if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
-        raise StoreError(
+        raise InputError(
             f"the database {parsed.drivername!r} is not supported; expected SQLite, as sqlite:///tidegate.db, or "
-            "PostgreSQL, as postgresql://name:password@host/database"
+            "PostgreSQL, as postgresql://name:password@host/database",
+            where="database_url",
         )
     if parsed.query:
-        raise StoreError(
-            "the URL of a SQLite database takes no ?options; expected something like sqlite:///tidegate.db"
+        raise InputError(
+            "the URL of a SQLite database takes no ?options; expected something like sqlite:///tidegate.db",
+            where="database_url",
         )
     return parsed.set(drivername="sqlite+pysqlite")
 
@@ -246,7 +250,7 @@ def _postgresql_engine(url: URL) -> sa.Engine:
     try:
         engine = sa.create_engine(url, hide_parameters=True, pool_pre_ping=True, connect_args=options)
     except (ModuleNotFoundError, NoSuchModuleError):
-        raise StoreError("PostgreSQL needs a driver: pip install 'tidegate[postgres]'") from None
+        raise InputError("PostgreSQL needs a driver: pip install 'tidegate[postgres]'", where="database_url") from None
     connection_class = impatient(engine.dialect.dbapi)
     sa.event.listen(
         engine, "do_connect", lambda _dialect, _record, args, options: connection_class.connect(*args, **options)

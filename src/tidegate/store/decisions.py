@@ -341,7 +341,8 @@ def open_store(
         address: which webhooks are told of a decision; they are in its outbox then. None for none.
 
     Raises:
-        StoreError: when it cannot be opened: wrong URL, no such folder, no permission, another program's database, one
+        InputError: when the URL is not one of these, or its driver is not installed.
+        StoreError: when it cannot be opened: no such folder, no permission, another program's database, one
             of a newer Tidegate, or one with another key.
     """
     database = Database(url)

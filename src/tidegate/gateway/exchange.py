@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -606,7 +607,18 @@ class _Exchange(Generic[A]):
         if isinstance(error, UpstreamError):
             kind = {None: "malformed", 502: "broken", 504: "timeout"}.get(error.status, "broken")
             self._behind.telemetry.upstream_errors.labels(kind).inc()
-        _log.warning("exchange failed: %s", type(error).__name__)
+        _log.warning("exchange failed: %s", _told(error))
+
+
+def _told(error: TidegateError) -> str:
+    """An error for the log: its kind, and of an upstream's the words, which are ours, and what the system said."""
+    if not isinstance(error, UpstreamError):
+        return type(error).__name__
+    cause = error.__cause__
+    number = getattr(getattr(cause, "os_error", cause), "errno", None)
+    kinds = [type(cause).__name__] if cause else []
+    kinds += [errno.errorcode[number]] if number in errno.errorcode else []
+    return f"UpstreamError: {error}" + (f" ({', '.join(kinds)})" if kinds else "")
 
 
 def _stopped() -> Problem:

@@ -47,7 +47,9 @@ clean: ## Remove what was made here; the decisions that were kept stay
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "Tidegate needs Python 3.11 or newer: install it, or say where it is with make PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python -m venv does not work: on Debian, apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "Tidegate needs Python 3.11 or newer, and $(PYTHON) is not: say where one is with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python -m venv does not work: on Debian, apt-get install python3-venv"; exit 1; }
 	@touch $@
 
 $(VENV)/.run: $(VENV)/.made pyproject.toml

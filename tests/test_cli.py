@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -27,6 +28,7 @@ import tidegate.guards
 from tidegate.cli import app
 from tidegate.data.examples import write_examples
 from tidegate.errors import GuardTimeout, GuardUnavailable
+from tidegate.store import open_store
 from tidegate.testing import FakeStreamGuard
 from tidegate.types import Conversation, Example, Severity, Target
 
@@ -470,7 +472,8 @@ def test_the_log_level_governs_what_the_gateway_says_and_no_text_is_in_it(level:
         caught.value.close()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert (b"exchange failed: UpstreamError" in errors) is logged
+    said = b"exchange failed: UpstreamError: the upstream cannot be reached (connection refused)"
+    assert (said in errors) is logged
     assert b"canary7" not in errors
 
 
@@ -490,6 +493,15 @@ def test_a_taken_port_is_one_clear_line(guard: FakeStreamGuard) -> None:
     assert result.exit_code == 2
     where = "TIDEGATE_HOST and port"
     assert result.stderr == (f"tidegate: {where}: cannot listen on 127.0.0.1:{port}: Address already in use\n")
+
+
+def test_a_server_without_an_upstream_says_that_models_cannot_be_asked(tmp_path: Path) -> None:
+    arguments = ("serve", "--port", "0", "--database", f"sqlite:///{tmp_path}/kept.db")
+    with started(*arguments, stdin=subprocess.DEVNULL) as process:
+        address(process.stderr, "health")
+        assert process.stderr is not None
+        assert b"There is no upstream" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
 
 
 def test_demo_and_upstream_exclude_each_other(guard: FakeStreamGuard) -> None:
@@ -518,6 +530,15 @@ def test_eval_prints_a_table_and_writes_all_figures(guard: FakeStreamGuard, tmp_
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "…" not in result.stdout
     assert json.loads(out.read_text())["overall"]["strict"]["f1"] == 1.0
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/kept.db"
+    open_store(database).close()
+    out = str(tmp_path / "nowhere" / "out.jsonl")
+    with started("decisions", "export", "--out", out, "--database", database) as process:
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.decode()) == (2, f"tidegate: {out}: No such file or directory\n")
 
 
 def test_eval_of_a_file_that_is_not_there_says_so(guard: FakeStreamGuard) -> None:
@@ -549,10 +570,20 @@ def test_export_asks_for_the_format() -> None:
     assert "--onnx" in result.stderr
 
 
-def test_guards_lists_the_shipped_one() -> None:
+def test_guards_lists_the_shipped_one_and_each_kind_that_a_spec_can_name() -> None:
     result = run("guards")
     assert result.exit_code == 0
-    assert "edge" in result.stdout
+    for kind in ("edge", "stream:", "gen:", "vllm-stream:", "remote:", "tidegate:", "cascade:"):
+        assert re.search(rf"^{kind}", result.stdout, re.MULTILINE), kind
+
+
+def test_guards_says_what_is_missing_for_a_kind_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    result = run("guards")
+    assert result.exit_code == 0
+    assert "gen:FOLDER_OR_NAME cannot be loaded: there is no torch here: pip install 'tidegate[torch]'" in result.stderr
+    assert "remote:" not in result.stderr
 
 
 def test_version_and_help(guard: FakeStreamGuard) -> None:

@@ -176,6 +176,7 @@ def test_explain_explains_a_kept_decision(new: Path, database: str) -> None:
         (["--severity", "unsafe", "--target", "both"], "'both'"),
         (["--severity", "unsafe", "--category", "PII=much"], "got 'much'"),
         (["--severity", "unsafe", "--category", "PII=2"], "got '2'"),
+        (["--severity", "unsafe", "--category", "Violence"], "category: unknown category 'Violence': expected one of"),
         (["--severity", "unsafe", "--unsafe", "0.9", "--flagged", "0.1"], "no less"),
     ],
 )

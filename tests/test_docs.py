@@ -5,15 +5,21 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import typer.main
 import yaml
+from pydantic import BaseModel
 
 import tidegate
 from tidegate import errors, policy, types
 from tidegate.cli import app
+from tidegate.guards.cascade import AskOptions, CascadeConfig, ConfirmOptions
+from tidegate.guards.remote import RemoteConfig
+from tidegate.guards.tidegate_live import TidegateConfig
+from tidegate.guards.vllm_stream import VllmStreamConfig
 from tidegate.policy import PRESETS
 from tidegate.settings import PREFIX, Settings
 
@@ -48,6 +54,33 @@ def test_links_to_files_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     missing = [each for each in targets if "://" not in each and not (path.parent / each).exists()]
     assert missing == []
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link can name behind the # of a page: its headings, as GitHub writes them."""
+    found = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    words = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower() for heading in found)
+    return {re.sub(r"[^\w\- ]", "", each).replace(" ", "-") for each in words}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_links_to_headings_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    pages = [(path.parent / page if page else path, heading) for page, heading in links if "://" not in page]
+    assert [f"{page}#{heading}" for page, heading in pages if heading not in anchors(page)] == []
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    seen: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        path = waiting.pop()
+        if path in seen or path.suffix != ".md" or not path.is_file():
+            continue
+        seen.add(path)
+        links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
+        waiting += [(path.parent / each).resolve() for each in links if "://" not in each]
+    assert {path.resolve() for path in PAGES} - seen == set()
 
 
 @pytest.mark.parametrize("path", PAGES, ids=ids)
@@ -135,6 +168,33 @@ def test_every_setting_is_documented_with_its_default() -> None:
                 assert default == f"{seconds:g} s"
             case value:
                 assert default in (f"`{value}`", shown.get(name)), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("remote", RemoteConfig),
+        ("vllm-stream", VllmStreamConfig),
+        ("tidegate", TidegateConfig),
+        ("cascade", CascadeConfig),
+    ],
+)
+def test_every_key_of_a_guards_file_is_documented_with_its_default(kind: str, config: type[BaseModel]) -> None:
+    page = (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
+    section = page.split(f"### `{kind}:FILE`")[1].split("\n### ")[0]
+    documented: dict[str, str] = {}
+    for names, default in re.findall(r"^\| (`[^|]+`) \| ((?:\\\||[^|])+) \|", section, re.MULTILINE):
+        for name, value in zip(re.findall(r"`([\w.]+)`", names), cycle(default.split(", ")), strict=False):
+            documented[name] = value.strip("`")
+    expected = set(config.model_fields)
+    if config is CascadeConfig:
+        expected -= {"ask", "confirm"}
+        expected |= {f"ask.{key}" for key in AskOptions.model_fields}
+        expected |= {f"confirm.{key}" for key in ConfirmOptions.model_fields}
+    assert set(documented) == expected
+    for name, field in config.model_fields.items():
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+            assert documented[name] == f"{field.default:g}", name
 
 
 def test_every_preset_is_documented_and_ships() -> None:

@@ -37,6 +37,7 @@ from tidegate import __version__
 from tidegate.errors import GuardError, GuardUnavailable, InputError, StoreError, TidegateError
 from tidegate.settings import LogFormat, Settings, log_format_asked, read_settings
 from tidegate.types import (
+    CATEGORIES,
     Action,
     Conversation,
     Decision,
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
     from tidegate.guards.second import SecondGuard
     from tidegate.moderate import Step
     from tidegate.policy import Explanation, Policy, PolicySource, Replay, WatchedPolicy
-    from tidegate.store import Key, Store
+    from tidegate.store import KeptDecision, Key, Store
     from tidegate.store.outbox import Address
 
 __all__ = ["app"]
@@ -91,7 +92,8 @@ class _Verbs(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush has somewhere to go
             raise typer.Exit(PIPE_CLOSED) from None
         except OSError as error:  # as a full disk: an exit code of 1 would say that a text was flagged
-            _say(f"tidegate: {error.strerror or type(error).__name__}", style="red")
+            where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+            _say(f"tidegate: {where}{error.strerror or type(error).__name__}", style="red")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(WRONG) from None
 
@@ -111,7 +113,7 @@ keys_app = typer.Typer(no_args_is_help=True, help="Keys of clients: create, list
 app.add_typer(keys_app, name="keys")
 webhooks_app = typer.Typer(no_args_is_help=True, help="Webhooks: what waits, what was given up, try it again.")
 app.add_typer(webhooks_app, name="webhooks")
-decisions_app = typer.Typer(no_args_is_help=True, help="Kept decisions: export, delete, purge; how the store is.")
+decisions_app = typer.Typer(no_args_is_help=True, help="Kept decisions: show, export, delete, purge; how the store is.")
 app.add_typer(decisions_app, name="decisions")
 
 GuardOption = Annotated[str | None, typer.Option("--guard", metavar="SPEC", help="Which guard judges; see guards.")]
@@ -644,7 +646,10 @@ def _load_confirmer(settings: Settings) -> StreamGuard | None:
 
 def _addresses(settings: Settings, socket: Socket) -> tuple[str, ...]:
     address = _address(socket, secure=settings.tls_cert is not None)
-    return f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz"
+    words = (f"playground   {address}/playground", f"OpenAI API   {address}/v1", f"health       {address}/healthz")
+    if settings.upstream_url is not None:
+        return words
+    return *words, "There is no upstream: texts are judged, but models are asked only with --upstream URL or --demo."
 
 
 _DRAIN_SHARE: Final = 0.8
@@ -985,6 +990,25 @@ def export_decisions(
     _say(f"{count:,} decisions: {out}")
 
 
+@decisions_app.command("show")
+def show_decision(
+    identity: Annotated[str, typer.Argument(metavar="ID", help="The decision's id, as clients and webhooks are told.")],
+    database: DatabaseOption = None,
+) -> None:
+    """Print one kept decision, as export writes it: one JSON object."""
+    from tidegate.store.export import write_jsonl
+
+    write_jsonl([_kept_decision(identity, database)], sys.stdout)
+
+
+def _kept_decision(identity: str, database: str | None) -> KeptDecision:
+    with _kept(database) as store:
+        kept = asyncio.run(store.decision(identity))
+    if kept is None:
+        raise InputError("there is no such decision", where="decision")
+    return kept
+
+
 @decisions_app.command("delete")
 def delete_decisions(
     subject: Annotated[str, typer.Option(metavar="ID", help="Whose decisions, as the client named them.")],
@@ -1322,7 +1346,8 @@ def explain_policy(
     elif failure is not None:
         said = GuardFailure(_failure_kind(failure), "as given on the command line")
     else:
-        said = _verdict_of(severity or "", category or [], unsafe, flagged, target)
+        known = (*CATEGORIES, *chosen.custom_categories)
+        said = _verdict_of(severity or "", category or [], known, unsafe, flagged, target)
     told = explain(chosen, said, scope)
     _print_json(told.as_json()) if as_json else _print_explanation(told)
 
@@ -1338,17 +1363,19 @@ def _failure_kind(given: str) -> str:
 
 
 def _kept_verdict(identity: str, database: str | None) -> tuple[Verdict | GuardFailure, Scope]:
-    with _kept(database) as store:
-        kept = asyncio.run(store.decision(identity))
-    if kept is None:
-        raise InputError("there is no such decision", where="decision")
+    kept = _kept_decision(identity, database)
     said = kept.decision.verdict or kept.decision.failure
     assert said is not None, "a decision has either a verdict or a failure"
     return said, kept.decision.scope
 
 
 def _verdict_of(
-    severity: str, categories: Sequence[str], unsafe: float | None, flagged: float | None, target: str
+    severity: str,
+    categories: Sequence[str],
+    known: Sequence[str],
+    unsafe: float | None,
+    flagged: float | None,
+    target: str,
 ) -> Verdict:
     """A verdict as it is given on the command line; probabilities that are left out fit the severity."""
     try:
@@ -1378,6 +1405,8 @@ def _verdict_of(
         if not 0 <= shares[name] <= 1:
             raise InputError(f"expected a probability from 0 to 1, got {share!r}", where="category")
         named.append(name)
+    if unknown := [name for name in named if name not in known]:
+        raise InputError(f"unknown category {unknown[0]!r}: expected one of {', '.join(known)}", where="category")
     return Verdict(judged, level, Probabilities(1 - most, most - least, least), tuple(named), shares, guard="given")
 
 

@@ -665,12 +665,12 @@ def test_risk_labels_that_are_not_the_three_severities_are_refused(folder: Path,
 
 def test_guards_are_listed_without_loading_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge, "SHIPPED", rewritten(folder, tmp_path, languages=["en", "zh"]))
-    (row,) = list_guards()
+    row, *_ = list_guards()
     assert row.available
     assert row.languages == ("en", "zh")
     assert row.bytes > 1000
     (tmp_path / "model.onnx").unlink()
-    (row,) = list_guards()
+    row, *_ = list_guards()
     assert not row.available
     assert "model.onnx" in row.why_not
 

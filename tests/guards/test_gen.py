@@ -428,7 +428,7 @@ def test_a_folder_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
 
 def test_without_torch_a_gen_guard_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tidegate.guards.gen", None)
-    with pytest.raises(GuardUnavailable, match=r"install tidegate with the extra torch"):
+    with pytest.raises(GuardUnavailable, match=r"pip install 'tidegate\[torch\]'"):
         load_guard(f"gen:{gen_folder()}")
 
 

@@ -728,7 +728,7 @@ def test_a_stream_guard_needs_a_name(spec: str) -> None:
 
 def test_without_torch_a_stream_guard_says_what_to_install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setitem(sys.modules, "tidegate.guards.stream", None)
-    with pytest.raises(GuardUnavailable, match=r"install tidegate with the extra torch"):
+    with pytest.raises(GuardUnavailable, match=r"pip install 'tidegate\[torch\]'"):
         load_guard(f"stream:{folder}")
 
 

@@ -179,6 +179,16 @@ def test_an_export_can_be_to_a_file_and_of_a_time_an_action_or_a_subject(place: 
     assert actions("--until", "1h") == []
 
 
+def test_one_decision_is_shown_as_it_is_exported(place: Place) -> None:
+    fill(place)
+    line = tidegate(place, "export", "--action", "block")[1]
+
+    assert tidegate(place, "show", json.loads(line)["id"]) == (0, line, "")
+    code, out, said = tidegate(place, "show", "dec_nobody")
+    assert (code, out) == (2, "")
+    assert "there is no such decision" in said
+
+
 def test_an_export_goes_on_over_pages_and_leaves_out_what_is_kept_meanwhile(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ folder or by name in the same way.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +114,37 @@ def _load_checkpoint(kind: str, name: str, threads: int | None, adapters: Mappin
         return GenGuard(name, threads=threads, adapters=adapters)
     except ModuleNotFoundError as error:
         raise GuardUnavailable(
-            f"{kind}: guards need {error.name}: install tidegate with the extra torch, as tidegate[torch]"
+            f"{kind}: guards need {error.name}: pip install 'tidegate[torch]'"
         ) from error
 
 
+_KINDS: Final = (
+    ("stream:FOLDER_OR_NAME", "a Stream checkpoint in this process, official or fine-tuned, or an export of one", True),
+    ("gen:FOLDER_OR_NAME", "a Gen checkpoint in this process, official or fine-tuned, or an export of one", True),
+    ("vllm-stream:URL[,URL]", "a Stream checkpoint in vLLM with Tidegate's plugin", False),
+    ("remote:URL[,URL]#MODEL", "a Gen checkpoint behind OpenAI-compatible servers", False),
+    ("tidegate:URL", "another Tidegate", False),
+    ("cascade:FIRST,SECOND", "the first, and the second where the first is not sure or raises an alarm", False),
+)
+"""Guards that are somewhere else: spec, what it is, and whether it needs the extra ``torch``."""
+
+
 def list_guards() -> list[GuardRow]:
-    """The guards of this installation, whether or not they can be loaded. Loads no model."""
+    """The guards of this installation, whether or not they can be loaded. Loads no model, and asks no server.
+
+    Returns:
+        First the guard in the package, then each kind that a spec can name.
+    """
+    torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    why_not = "there is no torch here: pip install 'tidegate[torch]'. Folders of tidegate export need none"
+    kinds = [
+        GuardRow(spec, description, (), 0, torch or not needs_torch, "" if torch or not needs_torch else why_not)
+        for spec, description, needs_torch in _KINDS
+    ]
+    return [_shipped(), *kinds]
+
+
+def _shipped() -> GuardRow:
     from tidegate.guards.edge import EDGE_FILES, SHIPPED, WIDE_FILE
     from tidegate.guards.edge_config import read_config
 
@@ -127,9 +153,9 @@ def list_guards() -> list[GuardRow]:
     size = sum(path.stat().st_size for path in files if path.is_file())
     missing = [name for name in EDGE_FILES if not (SHIPPED / name).is_file()]
     if missing:
-        return [GuardRow("edge", description, (), size, False, f"{SHIPPED} lacks {', '.join(missing)}")]
+        return GuardRow("edge", description, (), size, False, f"{SHIPPED} lacks {', '.join(missing)}")
     try:
         config, _ = read_config(SHIPPED / "config.json")
     except GuardError as error:
-        return [GuardRow("edge", description, (), size, False, str(error))]
-    return [GuardRow("edge", description, config.languages, size, True)]
+        return GuardRow("edge", description, (), size, False, str(error))
+    return GuardRow("edge", description, config.languages, size, True)

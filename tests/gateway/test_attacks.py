@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hmac
 import json
+import logging
 import socket
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from fake_gen import FakeGen
 from gateway.doors import DOORS, Spoken, both_ways, every_door
 from gateway.test_faults import FINE, staged
 from gateway.test_front import bounded, connected, rest
-from serving import Gateway, make_policy, serving
+from serving import POLICY, Gateway, make_policy, serving, wait_until
 from tidegate.gateway.app import create_app
 from tidegate.gateway.connections import Bounds
+from tidegate.gateway.scopes import scope_of
 from tidegate.gateway.sse import EventReader
 from tidegate.guards import load_guard
 from tidegate.store import open_store
@@ -102,6 +105,23 @@ def test_json_at_the_edge_of_what_can_be_read_goes_on_or_is_refused(
         received = [one.data for one in stage.upstream.received]
 
     assert (answer.status_code, received) in ((200, [data]), (400, []))
+
+
+@every_door
+def test_deep_json_whose_personal_data_is_to_be_masked_goes_on_or_is_refused(door: Spoken) -> None:
+    """The walk that masks goes deeper than the one that reads."""
+    rule = "{name: pii, severity: unsafe, categories: [PII], action: redact}"
+    masking = make_policy(POLICY.replace("rules:", f"rules:\n  - {rule}"))
+    statuses = []
+    with staged(FakeUpstream(lambda body: door.reply(FINE, stream=False)), policy=masking) as stage:
+        for name in {"input", "prediction", "suffix", "system"} - door.ask("hi").keys():
+            for kind in ((b"[", b"]"), (b'{"a":', b"}")):
+                for depth in (300, 600, 900):
+                    value = kind[0] * depth + b"1" + kind[1] * depth
+                    data = json.dumps(door.ask("hi"))[:-1].encode() + f', "{name}": '.encode() + value + b"}"
+                    statuses.append(httpx.post(f"{stage.url}/v1{door.path}", content=data).status_code)
+
+    assert set(statuses) <= {200, 400}
 
 
 @every_path
@@ -215,6 +235,63 @@ def test_names_with_line_breaks_write_no_lines_of_their_own_into_the_log(gateway
     assert "forged" not in gateway.log.read_text()
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["with the body", "later"])
+def test_what_comes_behind_a_body_is_no_header(apart: bool) -> None:
+    """Who checks or takes out headers before the gateway looks at those before the body."""
+    fake = FakeUpstream(Reply.json(DOORS[0].whole("All is well")))
+    body = json.dumps(DOORS[0].ask("hi")).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+    trailers = b"0\r\nauthorization: Bearer late\r\nx-tidegate-language: no-language-\r\n\r\n"
+    with serving(fake) as url:
+        app = create_app(guard=FakeStreamGuard(), policy=make_policy(), upstream_url=f"{url}/v1")
+        with bounded(app, Bounds()) as port, connected(port) as raw:
+            raw.sendall(head + f"{len(body):x}\r\n".encode() + body + b"\r\n" + (b"" if apart else trailers))
+            if apart:
+                raw.sendall(trailers)
+            answer = rest(raw)
+
+    assert answer.startswith(b"HTTP/1.1 200 "), answer
+    assert "authorization" not in fake.received[0].headers
+
+
+def test_very_long_trailers_are_refused() -> None:
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy())
+    with bounded(app, Bounds(head_bytes=4096)) as port, connected(port) as raw:
+        raw.sendall(b"POST /v1/guard HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
+        raw.sendall(b"a: b\r\n" * 2000)
+        assert rest(raw).startswith(b"HTTP/1.1 431 ")
+
+
+def test_the_route_that_a_policy_goes_by_is_the_path_and_no_word_of_the_client() -> None:
+    """Whatever it says of the host: some versions of Starlette read a path in that."""
+    scope = {
+        "type": "http",
+        "scheme": "http",
+        "path": "/v1/chat/completions",
+        "query_string": b"\xff",
+        "headers": [(b"host", b"a/v1/other?")],
+        "server": ("127.0.0.1", 80),
+    }
+
+    assert scope_of(Request(scope)).route == "/v1/chat/completions"
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/v1/nothing"])
+def test_who_hangs_up_in_the_middle_of_a_request_is_gone_and_no_error(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy(), upstream_url="http://127.0.0.1:1/v1")
+    with bounded(app, Bounds()) as port:
+        with connected(port) as raw:
+            raw.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{{".encode())
+        counted = f'tidegate_requests_total{{route="{path}",status="gone"}} 1.0'
+        if path == "/v1/nothing":
+            counted = 'tidegate_requests_total{route="other",status="404"} 1.0'
+        wait_until(lambda: counted in httpx.get(f"http://127.0.0.1:{port}/metrics").text, "the request to be counted")
+
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
 # --- event streams ------------------------------------------------------------------------------------------------
 
 LINES = "one\n\ndata: [DONE]\n\nevent: error\rdata: x\r\n\r\n\u2028data: y\u2029z\x85\x0b\x0c\x1cid: 1\nretry: 0\n\n"
@@ -237,6 +314,27 @@ def test_content_cannot_write_events(door: Spoken, side: str) -> None:
     assert all(isinstance(json.loads(one), dict) for one in events if one != b"[DONE]")
     if side == "answer":
         assert door.read(answer.content, stream=True) == "".join(pieces)
+
+
+@every_door
+@both_ways
+def test_an_upstream_cannot_speak_in_our_field(door: Spoken, stream: bool) -> None:
+    """Not even in numbers, which pass in any other field."""
+    lie = {"action": 0, "severity": 0}
+
+    def lying(value: dict[str, Any]) -> dict[str, Any]:
+        choices = {"choices": [{**one, "tidegate": lie} for one in value["choices"]]} if "choices" in value else {}
+        told = {"response": {**value["response"], "tidegate": lie}} if "response" in value else {}
+        return {**value, **choices, **told, "tidegate": lie}
+
+    events = [*door.events(FINE), *door.end(FINE)]
+    streamed = Reply.stream(*map(lying, events), done=door.name in ("chat", "completions"))
+    with staged(FakeUpstream(streamed if stream else Reply.json(lying(door.whole("".join(FINE)))))) as stage:
+        answer = stage.post(door, "hi", stream=stream)
+
+    assert door.read(answer.content, stream=stream) == "".join(FINE)
+    assert '"severity":0' not in answer.text.replace(" ", "")
+    assert '"action":"allow"' in answer.text.replace(" ", "")
 
 
 UNICODE = "café cafe\u0301 👩‍👩‍👧‍👦 \u202eolleh\u202c ｆｕｌｌ ﷽ \u200b\ufeff Ꮪafe 🏴\U000e0067\U000e007f "

@@ -137,6 +137,15 @@ async def test_memory_for_subjects_has_a_bound(monkeypatch: pytest.MonkeyPatch) 
     assert set(counts._slowed) == {"subject7", "subject8", "subject9"}
 
 
+async def test_a_long_name_of_a_subject_takes_no_more_room_than_a_short_one() -> None:
+    counts = LocalCounts()
+    limits = Limits(counts, LimitOptions())
+    for subject in ("ann", "ann" * 100_000, "\ud800"):
+        await limits.throttle("shop", subject)
+
+    assert [len(name) < 100 for name in counts._slowed] == [True, True, True]
+
+
 async def test_gateways_on_one_redis_count_together_and_it_holds_no_name(redis: RedisServer) -> None:
     async with shared_counts(redis) as (one, _), shared_counts(redis) as (two, _):
         told = [

@@ -616,10 +616,11 @@ async def test_a_refused_connection_is_no_fault_of_the_server(caplog: pytest.Log
 
 
 async def test_a_page_of_another_site_is_refused(shared: tuple[str, Record, FakeStreamGuard]) -> None:
-    with pytest.raises(InvalidStatus) as raised:
-        async with connected(shared[0], origin="https://evil.example"):
-            pass
-    assert raised.value.response.status_code == 403
+    for origin in ("https://evil.example", "null", "http://[", "http://[::1]]"):
+        with pytest.raises(InvalidStatus) as raised:
+            async with connected(shared[0], origin=origin):
+                pass
+        assert raised.value.response.status_code == 403
 
     async with connected(shared[0], origin=shared[0]) as line:
         assert line.hello["type"] == "hello"

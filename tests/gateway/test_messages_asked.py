@@ -119,6 +119,7 @@ COUNTED: dict[str, tuple[Any, str]] = {
     "a source that we do not know": (document({"type": "new", "words": HARM}), "source"),
     "redacted_thinking": ({"type": "redacted_thinking", "data": "RW5jcnlwdGVk"}, "data"),
     "container_upload": ({"type": "container_upload", "file_id": "file_1"}, "content[0]"),
+    "numbers that may be tokens": ({"type": "text", "text": "so", "tokens": [3, 14, 15]}, "tokens"),
     "encrypted content": (
         {
             "type": "web_search_tool_result",

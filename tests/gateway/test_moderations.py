@@ -66,6 +66,7 @@ def test_parts_of_one_text(client: OpenAI) -> None:
         ({"input": ["x", 3]}, "input[1]"),
         ({"input": ["x", ""]}, "input[1]"),
         ({"input": [{"type": "image_url", "image_url": {"url": "x"}}]}, "input[0]"),
+        ({"input": [{"type": "text", "text": "x"}, {"type": "text", "text": "x", "more": "a bomb"}]}, "input[1]"),
         ({"input": ["x"] * 2000}, "input"),
         ({"input": "x", "model": 3}, "model"),
     ],

@@ -33,7 +33,7 @@ def test_the_cut_does_not_matter(places: list[int], end: bytes, mark: bytes) -> 
 def test_an_event_that_never_ends_is_refused() -> None:
     """So that nobody can fill the memory."""
     reader = EventReader(longest=100)
-    for _ in range(16):
+    for _ in range(14):
         reader.feed(b"data: 123456\n")
 
     with pytest.raises(UpstreamError):
@@ -46,6 +46,8 @@ def test_an_event_that_never_ends_is_refused() -> None:
         reader.feed(b"x")
     with pytest.raises(UpstreamError):
         reader.feed(b"x")
+    with pytest.raises(UpstreamError):
+        EventReader(longest=100).feed(b"data:\n" * 101)
 
 
 def test_an_event_is_one_line_of_json() -> None:

@@ -59,3 +59,11 @@ def test_what_is_no_json_does_not_depend_on_its_cuts(text: str, cuts: list[float
 def test_escapes_of_letters_are_undone(written: str, said: str) -> None:
     assert in_pieces([written]) == said
     assert in_pieces(list(written)) == said
+
+
+@pytest.mark.parametrize("part", ["\\uZ", "\\", "\\u00", "\\u0062", "\\n"])
+def test_a_long_hostile_text_takes_no_detour(part: str) -> None:
+    """Each part costs as much as the one before it: else this would not end."""
+    said, rest = unescaped(part * 200_000)
+
+    assert said + rest == {"\\u0062": "b"}.get(part, part) * 200_000

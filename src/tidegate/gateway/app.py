@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Send
@@ -445,6 +445,8 @@ class _Counted:
 
         try:
             await self._app(scope, receive, watched)
+        except ClientDisconnect:  # in the middle of its request: nobody is there to be answered
+            pass
         except Exception:
             status = "500" if status == "gone" else status
             raise

@@ -236,7 +236,7 @@ def _beside(body: Mapping[str, Any]) -> Iterator[Beside]:
     """The texts of the options that the model reads."""
     for name in _OPERATOR:
         value = body.get(name)
-        if sentences_in(value) or (name != "response_format" and weight_of(value)):
+        if any(strings_in(value)) or (name != "response_format" and weight_of(value)):
             yield Beside(name, Channel.SYSTEM, "\n".join(strings_in(value)), weight_of(value))
     for name in ("prediction", "web_search_options"):
         text = "\n".join(_unlike_words(body.get(name)))

@@ -105,7 +105,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
+        """A header. What comes behind a body (trailers) is none: who checked the headers on the way did not see it."""
+        if self._in_head:
+            super().on_header(name, value)
         self._count(len(name) + len(value) + 4)
         if len(self.headers) > self._bounds.head_lines:
             self._refuse(Problem(431, f"expected at most {self._bounds.head_lines} headers", code="too_many_headers"))

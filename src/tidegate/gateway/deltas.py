@@ -120,7 +120,7 @@ class Parts:
         plain = is_name(name) and not carries_text(value)
         if not plain:
             self.drop(name, value, prefix)
-        if plain or (self.passing and name != OUR_FIELD):
+        if (plain or self.passing) and name != OUR_FIELD:
             kept[name] = value
 
 

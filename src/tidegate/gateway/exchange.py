@@ -53,6 +53,7 @@ _TELL_S: Final = 1.0
 """Seconds that a client may take to be told that the server stops."""
 _SOON: Final = {"retry-after": "1"}
 _NO_UPSTREAM: Final = "this gateway has no upstream: start it with one"
+_TOO_DEEP: Final = "the body is nested too deep"
 
 
 # --- what a door is -----------------------------------------------------------------------------------------------
@@ -225,9 +226,7 @@ class Endpoint(Generic[A]):
         behind = self.behind
         try:
             if behind.upstream is None:
-                raise Problem(
-                    503, "this gateway has no upstream: start it with one", "server_error", None, "no_upstream"
-                )
+                raise Problem(503, _NO_UPSTREAM, "server_error", None, "no_upstream")
             body = await read_body(request, longest=behind.longest_body)
             asked = self.door.read(body.value, judge_system=behind.judge_system)
             scope = scope_of(request, asked.subject)
@@ -236,7 +235,7 @@ class Endpoint(Generic[A]):
         except Problem as problem:
             return self.tell(problem)
         except RecursionError:
-            return self.tell(Problem(400, "the body is nested too deep", code="invalid_json"))
+            return self.tell(Problem(400, _TOO_DEEP, code="invalid_json"))
         headers = {name: request.headers[name] for name in self.door.headers if name in request.headers}
         return _Exchange(self, behind.upstream, asked, scope, headers, body.sent(asked.body))
 
@@ -441,14 +440,21 @@ class _Exchange(Generic[A]):
         )
 
     def _mask_prompt(self, texts: Sequence[PromptText], decisions: Sequence[Decision]) -> bool:
-        """Take personal data out of what goes to the upstream, where the policy says so; False when some is left."""
+        """Take personal data out of what goes to the upstream, where the policy says so; False when some is left.
+
+        Raises:
+            Problem: when the request is nested too deep for that.
+        """
         if not self._masks:
             return False
         asked = self._asked
         redacted = [text for text, one in zip(texts, decisions, strict=True) if one.action is Action.REDACT]
         taken_out = frozenset[str]().union(*(text.paths for text in redacted))
         spared = {*spared_of(asked.unseen, asked.coverage)}.union(*(text.paths for text in asked.new)) - taken_out
-        self._changed, count = masked_body(asked.body, spared, taken_out)
+        try:
+            self._changed, count = masked_body(asked.body, spared, taken_out)
+        except RecursionError:
+            raise Problem(400, _TOO_DEEP, code="invalid_json") from None
         if count:
             self._body = _bytes_of(self._changed)
         return not redacted or self._is_out(texts, redacted)

@@ -520,5 +520,6 @@ class Limits:
 
 
 def _subject(tenant: str | None, subject: str) -> str:
-    """No tenant can choose its subjects' names so that they are another's."""
-    return f"subject/{len(tenant or '')}/{tenant or ''}/{subject}"
+    """What a subject is counted under: of one length, however long a client says it, and never another tenant's."""
+    name = f"{len(tenant or '')}/{tenant or ''}/{subject}"
+    return f"subject/{hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"

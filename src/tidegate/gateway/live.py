@@ -153,8 +153,7 @@ class Live:
             self.connections -= 1
 
     def _refusal(self, websocket: WebSocket) -> Problem | None:
-        origin = websocket.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != websocket.headers.get("host"):
+        if _is_foreign(websocket.headers.get("origin"), websocket.headers.get("host")):
             return Problem(403, "a page of another site may not connect", code="foreign_origin")
         if PROTOCOL not in websocket.scope.get("subprotocols", ()):
             return Problem(400, f"expected the subprotocol {PROTOCOL}", param="sec-websocket-protocol")
@@ -167,6 +166,16 @@ class Live:
         except Problem as problem:
             return problem
         return None
+
+
+def _is_foreign(origin: str | None, host: str | None) -> bool:
+    """Whether it is a page of another site that asks; a program says no origin."""
+    if origin is None:
+        return False
+    try:
+        return urlsplit(origin).netloc != host
+    except ValueError:
+        return True
 
 
 async def _deny(websocket: WebSocket, problem: Problem) -> None:

@@ -381,6 +381,9 @@ def _walk(one: _Texts, name: str, value: Any, path: str) -> None:
         case str() if value and not is_plain(name, value):
             one.content.append(value)
         case list():
+            numbers = [inner for inner in value if isinstance(inner, int | float) and not isinstance(inner, bool)]
+            if numbers:  # they may be the ids of tokens
+                one.hide(path, numbers)
             for number, inner in enumerate(value):
                 _walk(one, name, inner, f"{path}[{number}]")
         case dict():

@@ -58,6 +58,7 @@ OPENAI_CATEGORIES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 """OpenAI's categories, and which of ours each stands for; () for those finer than ours, which are never said."""
 
 _FIELDS: Final = frozenset(("input", "model"))
+_PART_FIELDS: Final = frozenset(("text", "type"))
 _FIELD_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MODELS: Final = ("omni-moderation-", "text-moderation-")
 
@@ -163,6 +164,8 @@ def _texts(body: Mapping[str, Any]) -> list[str]:
 
 def _part(part: Mapping[str, Any], place: int) -> str:
     text = part.get("text")
+    if not part.keys() <= _PART_FIELDS:
+        _refuse("unknown field: expected type and text only", param=f"input[{place}]", code="unknown_parameter")
     if part.get("type") != "text" or not isinstance(text, str):
         _refuse("expected a part of type text: this guard judges text only", param=f"input[{place}]")
     return text

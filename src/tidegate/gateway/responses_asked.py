@@ -166,7 +166,9 @@ def _history(body: Mapping[str, Any]) -> Iterator[Coverage]:
 def _beside(body: Mapping[str, Any]) -> Iterator[Beside]:
     for name in _OPERATOR:
         value = body.get(name)
-        if sentences_in(value) or (name == "tools" and weight_of(value)):
+        if name == "text" and isinstance(value, dict) and not sentences_in(value.get("verbosity")):
+            value = {key: inner for key, inner in value.items() if key != "verbosity"}
+        if any(strings_in(value)) or (name == "tools" and weight_of(value)):
             yield Beside(name, Channel.SYSTEM, "\n".join(strings_in(value)), weight_of(value))
 
 

@@ -35,7 +35,7 @@ def scope_of(connection: HTTPConnection, subject: str | None = None) -> Scope:
     return Scope(
         tenant=_word_of(connection, "tenant"),
         region=_word_of(connection, "region"),
-        route=connection.url.path,
+        route=connection.scope["path"],
         language=language_of(connection),
         subject=subject,
     )

@@ -106,5 +106,5 @@ class EventReader:
         if line.startswith(b"data:"):
             value = line[6:] if line[5:6] == b" " else line[5:]
             self._data.append(value)
-            self._size += len(value)
+            self._size += len(value) + 1  # with the line break that joins it to the next: empty lines take room too
         return None

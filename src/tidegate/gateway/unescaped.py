@@ -27,15 +27,16 @@ def unescaped(text: str) -> tuple[str, str]:
     if "\\" not in text:
         return text, ""
     done = []
-    while text:
-        match = _COMPLETE.match(text)
+    at = 0
+    while at < len(text):
+        match = _COMPLETE.match(text, at)
         assert match is not None
         done.append(_ESCAPE.sub(_letter, match.group()))
-        text = text[match.end() :]
-        if _BEGUN.fullmatch(text):
-            return "".join(done), text
-        done.append(text[:2])  # an escape that there is not
-        text = text[2:]
+        at = match.end()
+        if _BEGUN.fullmatch(text, at):
+            return "".join(done), text[at:]
+        done.append(text[at : at + 2])  # an escape that there is not
+        at += 2
     return "".join(done), ""
 
 

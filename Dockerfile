@@ -24,7 +24,9 @@ FROM python:${PYTHON}-slim-bookworm
 LABEL org.opencontainers.image.title="Tidegate" \
       org.opencontainers.image.description="A safety guard in the token stream of any LLM" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN useradd --system --uid 10001 --user-group --home-dir /var/lib/tidegate --create-home tidegate
+RUN groupadd --gid 10001 tidegate \
+ && useradd --uid 10001 --gid 10001 --home-dir /var/lib/tidegate --no-create-home --shell /usr/sbin/nologin tidegate \
+ && install --directory --owner=tidegate --group=tidegate --mode=0750 /var/lib/tidegate
 COPY --from=build /opt/tidegate /opt/tidegate
 ENV PATH=/opt/tidegate/bin:$PATH \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \

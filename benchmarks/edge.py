@@ -38,7 +38,6 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
@@ -216,6 +215,8 @@ async def of_baseline(score: Callable[[Sequence[str]], Any], texts: Sequence[str
 
 def dynamic_int8(folder: Path, out: Path) -> Path:
     """The same guard with activations quantized at run time: weights unfolded to fp32, then quantize_dynamic."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # after tidegate, which has it tell nobody
+
     model = onnx.load(folder / "model.onnx")
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     casts = {n.output[0]: n for n in model.graph.node if n.op_type == "Cast" and n.input[0] in stored}

@@ -126,9 +126,9 @@ def _onednn(rows: int, outputs: int, inputs: int, threads: int) -> Product:
 
 
 def _onnxruntime(rows: int, outputs: int, inputs: int, threads: int) -> Product:
-    import onnxruntime
     from onnx import TensorProto, helper
 
+    from tidegate.model.onnx_runtime import onnxruntime
     from tidegate.train.graph import CONTRIB, Graph
 
     digits, weights = _whole_numbers(rows, outputs, inputs)

@@ -6,12 +6,15 @@ ones, and many more of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from kept import Place, url_of
+from postgres import Cluster, cluster
 from redis_server import RedisServer, redis_server
 from serving import Gateway, gateway_process, serving
 from tidegate.testing import FakeUpstream
@@ -20,6 +23,8 @@ _unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow
 settings.register_profile("tidegate", _unhurried, derandomize=True)
 settings.register_profile("fuzz", _unhurried, max_examples=1000, print_blob=True)
 settings.load_profile("tidegate")
+
+_schemas = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +87,23 @@ def redis(_redis_server: RedisServer | None) -> RedisServer:
         _redis_server.start()
     _redis_server.flush()
     return _redis_server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """A PostgreSQL for the session."""
+    with cluster() as made:
+        if made is None:
+            pytest.skip("PostgreSQL is not installed")
+        yield made
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """An empty SQLite file, then an empty schema of PostgreSQL."""
+    if request.param == "sqlite":
+        return Place(url_of(tmp_path / "kept.db"), tmp_path)
+    made: Cluster = request.getfixturevalue("postgres")
+    name = f"place_{next(_schemas)}"
+    Place(made.url, tmp_path).run(f"CREATE SCHEMA {name}")
+    return Place(f"{made.url}&options=-csearch_path%3D{name}", tmp_path)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import itertools
 import json
 import os
-import re
 import signal
-import sqlite3
 import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 import psutil
@@ -24,13 +23,16 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
+from kept import Place, url_of
+from postgres import cluster
+from redis_server import RedisServer
+from served import PROGRAM, Served, served
 from serving import POLICY, serving, until, wait_until
 from tidegate.gateway.entrance import Entrance, EntranceOptions
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.store import open_store
 from tidegate.testing import text_chunks
 
-PROGRAM = (sys.executable, "-c", "from tidegate.cli import app; app()")
 FIRST = "Apples are round. "
 
 
@@ -52,71 +54,6 @@ class Gate:
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
-
-
-class Served:
-    """A gateway that the command line started."""
-
-    def __init__(self, process: subprocess.Popen[bytes], url: str, folder: Path) -> None:
-        self.process = process
-        self.url = url
-        self.folder = folder
-
-    @property
-    def workers(self) -> set[int]:
-        children = psutil.Process(self.process.pid).children()
-        return {child.pid for child in children if "spawn_main" in " ".join(_command(child))}
-
-    def streams_of(self, pid: int) -> int:
-        port = int(self.url.rpartition(":")[2])
-        found = psutil.Process(pid).net_connections("tcp")
-        return sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == port for one in found)
-
-    def metric(self, name: str) -> float | None:
-        page = httpx.get(f"{self.url}/metrics", timeout=30).text
-        found = re.search(rf"^{re.escape(name)} (\S+)$", page, re.MULTILINE)
-        return float(found[1]) if found else None
-
-    @property
-    def num_kept(self) -> int:
-        with contextlib.closing(sqlite3.connect(self.folder / "kept.db")) as database:
-            return int(database.execute("SELECT count(*) FROM decisions").fetchone()[0])
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-@contextlib.contextmanager
-def served(folder: Path, *arguments: str, **settings: str) -> Iterator[Served]:
-    policy = folder / "policy.yaml"
-    policy.write_text(POLICY)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("TIDEGATE_")}
-    environment |= {f"TIDEGATE_{name.upper()}": value for name, value in settings.items()}
-    command = [*PROGRAM, "serve", "--port", "0", "--policy", str(policy)]
-    command += ["--database", f"sqlite:///{folder}/kept.db", *arguments]
-    log = folder / "log.txt"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
-    try:
-        found: list[str] = []
-
-        def said() -> bool:
-            assert process.poll() is None, log.read_text()
-            found.extend(re.findall(r"health +(http://\S+)/healthz", log.read_text()))
-            return bool(found)
-
-        wait_until(said, "the gateway", patience_s=120)
-        yield Served(process, found[0], folder)
-    finally:
-        for child in psutil.Process(process.pid).children() if process.poll() is None else ():
-            with contextlib.suppress(psutil.Error):
-                child.kill()
-        process.kill()
-        process.wait()
 
 
 class Stream:
@@ -183,17 +120,13 @@ def test_workers_share_the_work_and_one_that_dies_costs_only_its_own(tmp_path: P
         answered = 'tidegate_requests_total{route="/v1/chat/completions",status="200"}'
         assert gateway.metric(answered) == len(streams) - lost
 
-        page = httpx.get(f"{gateway.url}/healthz", timeout=60).json()["policy"]
-        old = f'tidegate_policy_info{{name="test",version="{page["version"]}"}}'
-        assert gateway.metric(old) == 1
-        (tmp_path / "policy.yaml").write_text(POLICY.replace("Not here.", "Not now."))
-        wait_until(lambda: gateway.metric(old) == 0, "the new policy in all workers", patience_s=60)
+        _change_policy(gateway, tmp_path)
 
 
-def test_a_restart_loses_no_stream(tmp_path: Path, gate: tuple[Gate, str]) -> None:
+def test_a_restart_loses_no_stream(tmp_path: Path, place: Place, gate: tuple[Gate, str]) -> None:
     """New workers take over one by one, old ones end what they have begun."""
     closed, upstream = gate
-    with served(tmp_path, "--upstream", upstream, "--workers", "2") as gateway:
+    with served(tmp_path, "--upstream", upstream, "--workers", "2", place=place) as gateway:
         before = gateway.workers
         streams = [Stream(gateway.url) for _ in range(4)]
         gateway.process.send_signal(signal.SIGHUP)
@@ -238,6 +171,183 @@ def test_streams_that_do_not_end_in_time_are_told_so(tmp_path: Path, gate: tuple
         assert all('"code":"stopping"' in stream.text.replace('": "', '":"') for stream in told)
         assert gateway.num_kept == 6
         assert "Traceback" not in (tmp_path / "log.txt").read_text()
+
+
+# --- under load ---------------------------------------------------------------------------------------------------
+
+
+class Load:
+    """Clients that stream one answer after the other, each to a question of its own, and what they were told.
+
+    Attributes:
+        acknowledged: for each question whose answer came to its end, the id of its decision.
+        broken: how many answers began and broke off.
+    """
+
+    AT_ONCE: Final = 8
+
+    def __init__(self, url: str) -> None:
+        self.acknowledged: dict[str, str] = {}
+        self.broken = 0
+        self._url = url
+        self._numbers = itertools.count()
+        self._over = threading.Event()
+        self._clients = [threading.Thread(target=self._ask_on, daemon=True) for _ in range(self.AT_ONCE)]
+        for client in self._clients:
+            client.start()
+
+    def _ask_on(self) -> None:
+        with httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=60) as client:
+            while not self._over.is_set():
+                self._ask(client, f"About fruit number {next(self._numbers)}?")
+
+    def _ask(self, client: httpx.Client, question: str) -> None:
+        body = {"model": "m", "messages": [{"role": "user", "content": question}], "stream": True}
+        text = ""
+        try:
+            with client.stream("POST", f"{self._url}/v1/chat/completions", json=body) as response:
+                for piece in response.iter_text():
+                    text += piece
+        except httpx.HTTPError:
+            self.broken += bool(text)
+            return
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        (told,) = [event["tidegate"] for event in events if "tidegate" in event]
+        assert text.endswith("data: [DONE]\n\n"), text
+        self.acknowledged[question] = told["id"]
+
+    def wait_for_more(self, number: int = 30) -> None:
+        """Wait until some more have come to their end than now, so that all of them are of what follows."""
+        enough = len(self.acknowledged) + self.AT_ONCE + number
+        wait_until(lambda: len(self.acknowledged) >= enough, "more answers", patience_s=120)
+
+    def last(self, stop: Callable[[], None]) -> None:
+        """Stop the gateway under these clients, and let them end; no answer that had begun may break off by that."""
+        broken = self.broken
+        stop()
+        wait_until(lambda: _refused(self._url), "the end of the listening", patience_s=60)
+        self._over.set()
+        for client in self._clients:
+            client.join(60)
+            assert not client.is_alive(), "a client did not end"
+        assert self.broken == broken
+
+    def check(self, place: Place) -> None:
+        """Count what was kept: nothing acknowledged is lost, and nothing is there twice."""
+        with place.open() as store:
+            store.replay()
+            kept = list(store.history())
+        found = Counter((one.conversation.turns[0].content, len(one.conversation.turns)) for one in kept)
+
+        assert set(self.acknowledged.values()) - {one.id for one in kept} == set()
+        assert {(question, turns) for question in self.acknowledged for turns in (1, 2)} - set(found) == set()
+        assert {which: number for which, number in found.items() if number > 1} == {}
+        assert not list(place.spool.glob("*.damaged"))
+
+
+def _lose_a_worker(gateway: Served, load: Load) -> None:
+    """It is replaced, and at most what was under way breaks off."""
+    before, broken = gateway.workers, load.broken
+    os.kill(min(before), signal.SIGKILL)
+    load.wait_for_more()
+    wait_until(lambda: len(gateway.workers - {min(before)}) == 2, "another worker", patience_s=60)
+    assert load.broken - broken <= Load.AT_ONCE
+
+
+def _change_policy(gateway: Served, folder: Path) -> None:
+    version = httpx.get(f"{gateway.url}/healthz", timeout=60).json()["policy"]["version"]
+    old = f'tidegate_policy_info{{name="test",version="{version}"}}'
+    wait_until(lambda: gateway.metric(old) == 1, "the policy's number")
+    (folder / "policy.yaml").write_text(POLICY.replace("Not here.", "Not now."))
+    wait_until(lambda: gateway.metric(old) == 0, "the new policy in all workers", patience_s=60)
+
+
+async def _paced(request: Request) -> StreamingResponse:
+    """An answer that takes a while, so that there are always some under way."""
+
+    async def events() -> Any:
+        for one in text_chunks([FIRST, "Pears are not. ", "Nor are plums."]):
+            yield f"data: {json.dumps(one)}\n\n"
+            await asyncio.sleep(0.02)
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+@pytest.fixture
+def paced() -> Iterator[str]:
+    with serving(Starlette(routes=[Route("/v1/chat/completions", _paced, methods=["POST"])])) as url:
+        yield f"{url}/v1"
+
+
+def test_under_load_no_decision_is_lost_or_doubled_by_a_worker_that_dies_or_by_the_end(
+    tmp_path: Path, place: Place, paced: str
+) -> None:
+    """And a changed policy reaches all workers meanwhile."""
+    with served(tmp_path, "--upstream", paced, "--workers", "2", place=place) as gateway:
+        load = Load(gateway.url)
+        load.wait_for_more()
+        _lose_a_worker(gateway, load)
+        _change_policy(gateway, tmp_path)
+        load.wait_for_more()
+        load.last(gateway.process.terminate)
+        gateway.process.wait(60)
+
+        load.check(place)
+
+
+def test_under_load_workers_lose_and_double_nothing_when_postgresql_and_redis_die_with_one_of_them(
+    tmp_path: Path, paced: str, redis: RedisServer
+) -> None:
+    """What waits in the spool of the dead worker is brought to the database by the others."""
+    with cluster() as server:
+        if server is None:
+            pytest.skip("PostgreSQL is not installed")
+        place = Place(server.url, tmp_path)
+        arguments = ("--upstream", paced, "--workers", "2")
+        with served(tmp_path, *arguments, place=place, redis_url=redis.url, verdict_memory="1000") as gateway:
+            load = Load(gateway.url)
+            load.wait_for_more()
+            assert gateway.metric("tidegate_redis_up") == 1
+            server.kill()
+            redis.kill()
+            load.wait_for_more()
+            assert any(path.stat().st_size for path in place.spool.glob("*.spool"))
+            _lose_a_worker(gateway, load)
+            server.start()
+            redis.start()
+            wait_until(lambda: gateway.metric("tidegate_redis_up") == 1, "Redis", patience_s=60)
+            wait_until(lambda: not any(place.spool.glob("*.spool")), "the replay", patience_s=60)
+            load.wait_for_more()
+            load.last(gateway.process.terminate)
+            gateway.process.wait(60)
+
+            load.check(place)
+
+
+def test_workers_count_together_with_a_redis(tmp_path: Path, redis: RedisServer) -> None:
+    """Ten at once is ten of both, not of each."""
+    place = Place(url_of(tmp_path / "kept.db"), tmp_path)
+    with place.open() as store:
+        _, key = store.keys.create("shop")
+    limits = {"tenant_per_minute": "1", "tenant_burst": "10", "auth": "keys"}
+    with served(tmp_path, "--workers", "2", place=place, redis_url=redis.url, **limits) as gateway:
+        first, second = gateway.workers
+        statuses: list[int] = []
+        clients: list[httpx.Client] = []
+        try:
+            while len(statuses) < 30 or not (gateway.streams_of(first) and gateway.streams_of(second)):
+                assert len(clients) < 100, "one worker does all the work"
+                clients.append(httpx.Client(base_url=gateway.url, timeout=60))
+                asked = clients[-1].post(
+                    "/v1/moderations", json={"input": "apple pie"}, headers={"authorization": f"Bearer {key}"}
+                )
+                statuses.append(asked.status_code)
+        finally:
+            for client in clients:
+                client.close()
+
+    assert Counter(statuses) == {200: 10, 429: len(statuses) - 10}
 
 
 def _refused(url: str) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 
 from edge_folder import tiny_checkpoint, tiny_config, tiny_tensors, tiny_tokenizer
 from tidegate.errors import InputError
+from tidegate.model.onnx_runtime import onnxruntime
 from tidegate.train.export import HEADS, agreement, dequantized, export_onnx, quantize
 
 torch = pytest.importorskip("torch")

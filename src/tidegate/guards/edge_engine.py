@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from tidegate.engine.worker import Padding, Work, Worker
 from tidegate.errors import GuardUnavailable, SessionClosed, UnreadableVerdict
+from tidegate.model.onnx_runtime import onnxruntime
 
 __all__ = ["Engine", "Logits", "Sequence"]
 

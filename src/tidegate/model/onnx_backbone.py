@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from tidegate.errors import GuardUnavailable, InputError
+from tidegate.model.onnx_runtime import onnxruntime
 
 __all__ = [
     "ATTENTION",

@@ -388,7 +388,7 @@ def _torch_logits(config: Mapping[str, Any], tensors: Mapping[str, Float]) -> Lo
 
 
 def _onnx_logits(folder: Path, config: Mapping[str, Any]) -> Logits:
-    import onnxruntime
+    from tidegate.model.onnx_runtime import onnxruntime
 
     shape = _Shape.read(config, str(folder))
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])

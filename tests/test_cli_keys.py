@@ -29,6 +29,25 @@ def made(*arguments: str) -> dict[str, Any]:
     return row
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("keys", "create", "--tenant", "shop", "--expires", "999999w"),
+        ("decisions", "export", "--since", "999999w"),
+        ("decisions", "purge", "--older-than", "999999w"),
+        ("policy", "replay", "balanced", "--since", "999999w"),
+    ],
+    ids=" ".join,
+)
+def test_a_time_that_no_calendar_has_is_an_error_in_one_line(arguments: tuple[str, ...], database: str) -> None:
+    made("create", "--tenant", "shop", "--database", database)
+    result = run(*arguments, "--database", database)
+
+    assert result.exit_code == 2  # and not 1, which says that a text was flagged
+    assert "expected" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_a_key_is_made_listed_rotated_and_revoked_and_its_secret_shown_only_when_new(database: str) -> None:
     where = ("--database", database)
     options = ("--tenant", "shop", "--region", "EU", "--per-minute", "60", "--concurrent", "4", "--door", "chat")

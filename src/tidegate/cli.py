@@ -1099,15 +1099,16 @@ def _kept(database: str | None) -> Store:
 
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_AGO: Final = re.compile(rf"([0-9]{{1,6}})([{''.join(_UNITS)}])")
 
 
 def _time(given: str | None, where: str) -> datetime | None:
     """A time, or how long ago: ``7d``. One without a zone is of this machine's."""
     if given is None:
         return None
-    if (ago := re.fullmatch(r"(\d{1,6})([smhdw])", given)) is not None:
-        return datetime.now(UTC) - timedelta(seconds=int(ago[1]) * _UNITS[ago[2]])
     try:
+        if _AGO.fullmatch(given):
+            return datetime.now(UTC) - _duration(given, where)
         return datetime.fromisoformat(given).astimezone(UTC)
     except (ValueError, OverflowError):
         raise InputError("expected how long ago, as 7d or 12h, or a time, as 2026-11-21T08:00Z", where=where) from None
@@ -1251,7 +1252,7 @@ def _key_row(key: Key) -> dict[str, Any]:
 
 
 def _duration(given: str, where: str) -> timedelta:
-    match = re.fullmatch(r"(\d{1,6})([smhdw])", given)
+    match = _AGO.fullmatch(given)
     if match is None:
         raise InputError("expected a number and s, m, h, d or w, as 1d", where=where)
     return timedelta(seconds=int(match[1]) * _UNITS[match[2]])
@@ -1261,9 +1262,9 @@ def _end(given: str | None) -> datetime | None:
     """A time to come, or in how long: ``90d``."""
     if given is None:
         return None
-    if re.fullmatch(r"\d{1,6}[smhdw]", given):
-        return datetime.now(UTC) + _duration(given, "expires")
     try:
+        if _AGO.fullmatch(given):
+            return datetime.now(UTC) + _duration(given, "expires")
         return datetime.fromisoformat(given).astimezone(UTC)
     except (ValueError, OverflowError):
         raise InputError("expected in how long, as 90d, or a time, as 2027-01-01T08:00Z", where="expires") from None

@@ -144,6 +144,22 @@ def test_secrets_come_from_secrets_and_a_policy_of_ones_own_is_mounted(tmp_path:
     assert told[f"{PREFIX}POLICY"]["value"] == "/etc/tidegate/policy.yaml"
 
 
+def test_numbers_of_a_values_file_are_written_out_as_the_gateway_reads_them(tmp_path: Path) -> None:
+    said = {
+        "max_body_bytes": 4194304,
+        "keep_days": 0.5,
+        "judge_system": True,
+        "guard_timeout": "2",
+        "log_level": "debug",
+    }
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump({"settings": {f"{PREFIX}{name.upper()}": value for name, value in said.items()}}))
+    told = environment(parts(rendered(NEEDED, f"--values={values}"))["Deployment"])
+    read = Settings(**{name: told[f"{PREFIX}{name.upper()}"]["value"] for name in said})
+
+    assert {name: getattr(read, name) for name in said} == {**said, "guard_timeout": 2.0}
+
+
 # --- true to the code ----------------------------------------------------------------------------------------------
 
 

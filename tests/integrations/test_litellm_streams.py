@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from serving import Record, make_policy, serving, wait_until
 from tidegate.errors import InputError
 from tidegate.gateway.app import create_app
+from tidegate.guards.live_wire import BrokenOff
 from tidegate.integrations.litellm_requests import Turn, one_turn
 from tidegate.integrations.litellm_server import TidegateServer, Unanswered, blocks
 from tidegate.integrations.litellm_streams import HeldChunks
@@ -275,6 +276,58 @@ async def test_without_a_server_nothing_leaves_and_what_waits_is_let_go_on_deman
 
         assert held.let_pass() == [chunks[1]]
         assert await held.feed(chunks[2]) == [chunks[2]]
+
+
+async def test_a_choice_that_was_blocked_stays_so_when_the_server_is_gone_and_texts_are_let_pass(
+    server: Server,
+) -> None:
+    async with asking(server.url) as made:
+        held = HeldChunks(made, TURNS, stop, choices=2)
+        left = [await held.feed(chunk((0, delta(content=text), None))) for text in ("a ", "bomb bomb ", "x ")]
+        await lose(made)
+        with pytest.raises(Unanswered):
+            await held.feed(chunk((0, delta(content="kill "), None), (1, delta(content="the "), None)))
+        left.append(held.let_pass())
+        for one in (
+            chunk((0, delta(content="kill"), None), (1, delta(content="pie"), None)),
+            chunk((0, delta(), "stop")),
+        ):
+            left.append(await held.feed(one))
+
+    assert (said(left), reasons(left)) == ("a", ["content_filter"])
+    assert said(left, index=1) == "the pie"
+
+
+async def test_what_was_blocked_is_not_let_pass_when_the_next_text_of_its_chunk_cannot_be_judged(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with asking(server.url) as made:
+        held = HeldChunks(made, TURNS, stop)
+        watch = made.watch
+
+        def first_only(turns: list[Turn], channel: str, **fields: Any) -> Any:
+            if channel == "answer":
+                raise Unanswered("gone")
+            return watch(turns, channel, **fields)
+
+        monkeypatch.setattr(made, "watch", first_only)
+        with pytest.raises(Unanswered):
+            await held.feed(chunk((0, delta(reasoning_content="a bomb bomb bomb", content="so"), None)))
+        left = [held.let_pass(), await held.feed(chunk((0, delta(content="more"), None)))]
+
+    assert "bomb" not in said(left, of="reasoning_content")
+    assert (said(left), reasons(left)) == ("", ["content_filter"])
+
+
+async def lose(made: TidegateServer) -> None:
+    """From now on the server is not to be had."""
+
+    async def gone(fields: Any) -> Any:
+        raise BrokenOff
+
+    for connection in made._connections:
+        connection.close()
+    made.stream = gone  # type: ignore[method-assign]
 
 
 async def test_a_server_that_comes_back_judges_the_whole_text_again(server: Server) -> None:

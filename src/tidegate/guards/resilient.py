@@ -10,8 +10,8 @@ Three things around any guard, each by itself:
 - degraded mode, where the terms say so: the fallback, the edge guard, judges alone what the guard cannot. Its verdicts
   say it: ``degraded[edge/2; gen/1 GuardTimeout]``.
 
-What is remembered (`tidegate.guards.remembered`) comes before all three: it tells the breaker nothing, and takes
-nothing of the deadline.
+What is remembered (`tidegate.guards.remembered`) comes before all three: it tells the breaker nothing, and takes none
+of the deadline.
 
 A stream whose guard fails in its middle goes on with the fallback, which reads the text from its beginning; what the
 guard had judged stays judged, and the fallback's tokens begin where those of the guard end. A stream asks the breaker

@@ -91,11 +91,13 @@ class _Choice:
 
 @dataclass(slots=True)
 class _Held:
-    """A chunk that waits: of which choice (None for none), and up to where each text of it must be released."""
+    """A chunk that waits: of which choice (None for none), where each text of it begins and ends, and whether all of
+    them were given to be judged."""
 
     chunk: Any
     index: int | None
     texts: list[tuple[Slot, int, int]] = field(default_factory=list)
+    given: bool = False
 
 
 class HeldChunks:
@@ -139,14 +141,11 @@ class HeldChunks:
         Raises:
             Unanswered: when its text cannot be judged now.
         """
-        if self._passing:
-            return [chunk]
-        for held in _apart(chunk):
-            if held.index is None:
-                self._waiting.append(held)
-            elif not (choice := self._choices.setdefault(held.index, _Choice())).stopped:
-                self._waiting.append(held)
-                await self._judge(held, held.index, choice)
+        new = [held for held in _apart(chunk) if held.index is None or not self._choice(held.index).stopped]
+        self._waiting += new
+        for held in new if not self._passing else ():
+            if held.index is not None:
+                await self._judge(held, held.index, self._choice(held.index))
         return list(self._ready())
 
     async def end(self) -> list[Any]:
@@ -155,21 +154,23 @@ class HeldChunks:
         Raises:
             Unanswered: as `feed`.
         """
-        for choice in self._choices.values():
+        for choice in self._choices.values() if not self._passing else ():
             await choice.finish()
         return list(self._ready())
 
     def let_pass(self) -> list[Any]:
-        """Nobody judges from now on: returns what waits, and lets pass what comes."""
+        """Nobody judges from now on: returns what waits, and lets pass what comes; what was blocked stays blocked."""
         self._passing = True
-        waiting, self._waiting = self._waiting, []
-        return [held.chunk for held in waiting]
+        return list(self._ready())
 
     def close(self) -> None:
         """Give everything back; safe to call twice."""
         for choice in self._choices.values():
             for text in choice.texts.values():
                 text.close()
+
+    def _choice(self, index: int) -> _Choice:
+        return self._choices.setdefault(index, _Choice())
 
     # judged
 
@@ -190,6 +191,7 @@ class HeldChunks:
                 await live.finish()
         if content.finish_reason is not None:
             await choice.finish()
+        held.given = True
 
     def _open(self, index: int, choice: _Choice, slot: Slot) -> LiveText:
         fields = {"path": f"choices[{index}].{slot.channel}"}
@@ -220,12 +222,12 @@ class HeldChunks:
             choice = self._choices[held.index]
             if choice.stopped:
                 continue
-            released = all(choice.texts[slot].released >= end for slot, _, end in held.texts)
+            released = held.given and all(choice.texts[slot].released >= end for slot, _, end in held.texts)
             if held.index in behind:
                 self._waiting.append(held)
             elif (text := choice.blocked) and not (released and held.chunk.choices[0].finish_reason is None):
                 yield from self._stopped(held, held.index, choice, text)
-            elif released:
+            elif released or self._passing:
                 yield held.chunk
             else:
                 self._waiting.append(held)
@@ -240,7 +242,8 @@ class HeldChunks:
         ending = self._stop(held.chunk, index, text.decision)
         content = held.chunk.choices[0]
         parts = dict(texts_of(content.delta))
-        left = {slot: parts[slot][: max(0, choice.texts[slot].released - start)] for slot, start, _ in held.texts}
+        left = dict.fromkeys(parts, "")
+        left |= {slot: parts[slot][: max(0, choice.texts[slot].released - start)] for slot, start, _ in held.texts}
         if any(left.values()):
             for slot, part in left.items():
                 set_text(content.delta, slot, part)

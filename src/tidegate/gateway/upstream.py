@@ -122,13 +122,15 @@ class UpstreamAnswer:
         """The whole body as JSON.
 
         Raises:
-            UpstreamError: when it breaks off, is too long, or is not JSON.
+            UpstreamError: when it breaks off, is too long or nested too deep, or is not JSON.
         """
         data = await self._read(self._longest)
         try:
             return _parsed(data)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise UpstreamError("the upstream's answer is not JSON") from None
+        except RecursionError:
+            raise UpstreamError("the upstream's answer is nested too deep") from None
 
     async def problem(self) -> Problem:
         """What the client is told of the upstream's error: the status, words for programs, and when to come again.

@@ -100,6 +100,9 @@ def test_an_unknown_keyword_is_an_error() -> None:
         ("TIDEGATE_GUARD_TIMEOUT", "nan"),
         ("TIDEGATE_GUARD_TIMEOUT", "inf"),
         ("TIDEGATE_LOG_LEVEL", "loud"),
+        ("TIDEGATE_THROTTLE_FACTOR", "0"),
+        ("TIDEGATE_THROTTLE_FACTOR", "1.5"),
+        ("TIDEGATE_THROTTLE_SECONDS", "0"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_an_error_that_shows_it(variable: str, value: str) -> None:

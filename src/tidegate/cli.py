@@ -723,6 +723,8 @@ def _entrance(settings: Settings, store: Store) -> EntranceOptions:
         limits=LimitOptions(
             Allowance(settings.tenant_per_minute, settings.tenant_burst, settings.tenant_concurrent),
             settings.subject_per_minute,
+            settings.throttle_factor,
+            settings.throttle_seconds,
         ),
         redis_url=settings.redis_url,
         secret=store.derived_key("shared"),

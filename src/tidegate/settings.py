@@ -91,6 +91,10 @@ class Settings(BaseModel):
     """Exchanges of a tenant that may be open at once; None for any number."""
     subject_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 60
     """Requests per minute that a subject starts from when it is throttled."""
+    throttle_factor: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    """By what these are multiplied, each time that a policy advises to throttle the subject."""
+    throttle_seconds: Seconds = 300.0
+    """How long a subject is throttled after the last such advice, in seconds."""
     redis_url: Annotated[str | None, Field(repr=False)] = None
     """The Redis that gateways share, as ``redis://127.0.0.1:6379/0``; None for none."""
     verdict_memory: Annotated[int, Field(ge=0, le=10_000_000)] = 4096

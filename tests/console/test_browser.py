@@ -108,6 +108,37 @@ def test_a_safe_answer_is_shown_whole_with_its_decision(page: Any) -> None:
     assert not page.is_visible("#cut")
 
 
+def facts(page: Any) -> dict[str, Any]:
+    """All that the page says of a run."""
+    ids = ["state", "tokens", "action", "why", "prompt-verdict", "prompt-why", "decision-title", "plot-count"]
+    hidden = ["cut", "rest", "problem", "held", "decision-facts", "inspect-facts", "empty"]
+    return {id_: page.inner_text(f"#{id_}") for id_ in ids} | {id_: page.is_visible(f"#{id_}") for id_ in hidden}
+
+
+def test_another_mode_begins_anew(page: Any) -> None:
+    """What was said of an answer is not left beside a text of the reader's own; and the other way round."""
+    untouched = facts(page)
+    page.click("text=An example that turns")
+    ended(page, "stopped")
+    page.check("input[value=judge]")
+    assert facts(page) == untouched
+    page.click("text=Pasted words")
+    ended(page, "stopped")
+    page.check("input[value=ask]")
+    assert facts(page) == untouched
+
+
+def test_another_mode_ends_what_still_runs(page: Any) -> None:
+    untouched = facts(page)
+    page.fill("#prompt", "one that waits")
+    page.click("#run")
+    page.wait_for_selector(".token")
+    page.check("input[value=judge]")
+    assert facts(page) == untouched
+    assert page.is_enabled("#run")
+    assert page.is_disabled("#stop")
+
+
 def test_an_example_that_turns_is_cut_before_its_harm_is_in_the_page(page: Any) -> None:
     page.click("text=An example that turns")
     assert ended(page, "stopped") == "Stopped after 25 characters"

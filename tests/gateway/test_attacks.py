@@ -22,6 +22,7 @@ from gateway.test_front import bounded, connected, rest
 from serving import POLICY, Gateway, make_policy, serving, wait_until
 from tidegate.gateway.app import create_app
 from tidegate.gateway.connections import Bounds
+from tidegate.gateway.schemas import MOST_LEVELS
 from tidegate.gateway.scopes import scope_of
 from tidegate.gateway.sse import EventReader
 from tidegate.guards import load_guard
@@ -84,6 +85,27 @@ def with_field(path: str, value: bytes) -> bytes:
     return json.dumps(BODIES[path])[:-1].encode() + b', "x": ' + value + b"}"
 
 
+KINDS = pytest.mark.parametrize("kind", [(b"[", b"]"), (b'{"a":', b"}")], ids=["arrays", "objects"])
+
+
+def nested(kind: tuple[bytes, bytes], levels: int) -> bytes:
+    return kind[0] * levels + b"1" + kind[1] * levels
+
+
+@every_path
+@KINDS
+@pytest.mark.parametrize("levels", [MOST_LEVELS, 300, 990, 50_000])
+def test_json_that_is_nested_too_deep_is_refused_with_the_bound(
+    gateway: Gateway, path: str, kind: tuple[bytes, bytes], levels: int
+) -> None:
+    """In a field of the body, which is a level too."""
+    answer = httpx.post(gateway.url + path, content=with_field(path, nested(kind, levels)))
+
+    assert answer.status_code == 400
+    assert f"at most {MOST_LEVELS} levels" in answer.text
+    assert gateway.kept() == []
+
+
 @every_path
 @pytest.mark.parametrize("value", [b"[" * 100_000, b'{"a":' * 50_000], ids=["arrays", "objects"])
 def test_json_that_is_nested_without_end_is_refused(gateway: Gateway, path: str, value: bytes) -> None:
@@ -92,36 +114,46 @@ def test_json_that_is_nested_without_end_is_refused(gateway: Gateway, path: str,
 
 
 @every_door
-@pytest.mark.parametrize("depth", [100, 500, 900, 980, 2000])
-@pytest.mark.parametrize("kind", [(b"[", b"]"), (b'{"a":', b"}")], ids=["arrays", "objects"])
-def test_json_at_the_edge_of_what_can_be_read_goes_on_or_is_refused(
-    door: Spoken, depth: int, kind: tuple[bytes, bytes]
-) -> None:
-    """Whatever the depth at which reading it gives up: never a bug, and never half of it."""
-    value = kind[0] * depth + b"1" + kind[1] * depth
-    data = with_field(f"/v1{door.path}", value)
+@KINDS
+def test_json_that_is_as_deep_as_it_may_be_goes_on_as_it_is(door: Spoken, kind: tuple[bytes, bytes]) -> None:
+    data = with_field(f"/v1{door.path}", nested(kind, MOST_LEVELS - 1))
     with staged(FakeUpstream(lambda body: door.reply(FINE, stream=False))) as stage:
         answer = httpx.post(f"{stage.url}/v1{door.path}", content=data)
         received = [one.data for one in stage.upstream.received]
 
-    assert (answer.status_code, received) in ((200, [data]), (400, []))
+    assert (answer.status_code, received) == (200, [data])
 
 
 @every_door
-def test_deep_json_whose_personal_data_is_to_be_masked_goes_on_or_is_refused(door: Spoken) -> None:
-    """The walk that masks goes deeper than the one that reads."""
+@KINDS
+def test_json_that_is_as_deep_as_it_may_be_can_be_masked(door: Spoken, kind: tuple[bytes, bytes]) -> None:
+    """In every field that is walked through: it goes on, or its kind is refused, and nothing gives up half-way."""
     rule = "{name: pii, severity: unsafe, categories: [PII], action: redact}"
     masking = make_policy(POLICY.replace("rules:", f"rules:\n  - {rule}"))
-    statuses = []
+    statuses = {}
     with staged(FakeUpstream(lambda body: door.reply(FINE, stream=False)), policy=masking) as stage:
-        for name in {"input", "prediction", "suffix", "system"} - door.ask("hi").keys():
-            for kind in ((b"[", b"]"), (b'{"a":', b"}")):
-                for depth in (300, 600, 900):
-                    value = kind[0] * depth + b"1" + kind[1] * depth
-                    data = json.dumps(door.ask("hi"))[:-1].encode() + f', "{name}": '.encode() + value + b"}"
-                    statuses.append(httpx.post(f"{stage.url}/v1{door.path}", content=data).status_code)
+        for name in {"input", "prediction", "suffix", "system", "tools", "x"} - door.ask("hi").keys():
+            value = nested(kind, MOST_LEVELS - 1)
+            data = json.dumps(door.ask("hi"))[:-1].encode() + f', "{name}": '.encode() + value + b"}"
+            answer = httpx.post(f"{stage.url}/v1{door.path}", content=data)
+            statuses[name] = answer.status_code
+            assert "nested" not in answer.text
 
-    assert set(statuses) <= {200, 400}
+    assert statuses["x"] == 200
+    assert set(statuses.values()) <= {200, 400}
+
+
+@every_door
+@both_ways
+def test_an_answer_that_is_nested_too_deep_is_an_error_of_the_upstream(door: Spoken, stream: bool) -> None:
+    deep = nested((b"[", b"]"), MOST_LEVELS)
+    data = b'{"x": ' + deep + b"}"
+    reply = Reply.stream(b"data: " + data + b"\n\n") if stream else Reply.json(data)
+    with staged(FakeUpstream(reply)) as stage:
+        answer = stage.post(door, "hi", stream=stream)
+
+    assert answer.status_code == (200 if stream else 502)
+    assert "nested too deep" in answer.text
 
 
 @every_path

@@ -300,6 +300,21 @@ async def test_a_throttled_subject_is_told_429_and_the_same_subject_of_another_t
         await limits.throttle("shop", "ann", factor=0)
 
 
+@pytest.mark.parametrize(("factor", "wait_s"), [(0.5, 2), (0.1, 10), (1.0, 1)])
+async def test_how_much_and_how_long_a_subject_is_throttled_is_set(factor: float, wait_s: int) -> None:
+    now = 0.0
+    limits = Limits(LocalCounts(clock=lambda: now), LimitOptions(throttle_factor=factor, throttle_s=20))
+    await limits.throttle("shop", "ann")
+    await limits.admit_subject("shop", "ann")
+    with pytest.raises(Problem) as caught:
+        await limits.admit_subject("shop", "ann")
+    assert caught.value.headers["retry-after"] == str(wait_s)
+
+    now = 20.5  # its time is over
+    for _ in range(9):
+        await limits.admit_subject("shop", "ann")
+
+
 @pytest.mark.parametrize(("seconds", "told"), [(0.0, "0ms"), (0.12, "120ms"), (6, "6s"), (89.5, "1m30s")])
 def test_durations_are_written_as_openai_does(seconds: float, told: str) -> None:
     assert limits_module._duration(seconds) == told

@@ -386,7 +386,8 @@ async def test_a_stream_that_was_never_opened_is_not_there(line: Line) -> None:
         ("{", 1007, "invalid_json"),
         ("[]", 1007, "invalid_json"),
         ("NaN", 1007, "invalid_json"),
-        ("[" * 30_000, 1007, "invalid_json"),
+        ("[" * 30_000, 1007, "nested_too_deep"),
+        ('{"x": ' + "[" * 100 + "]" * 100 + "}", 1007, "nested_too_deep"),
         (b"\x00\x01", 1003, "binary_frame"),
         ("x" * 64_001, 1009, "frame_too_long"),
         ('{"type": "dance", "stream": 1}', 1008, "invalid_frame"),
@@ -395,7 +396,20 @@ async def test_a_stream_that_was_never_opened_is_not_there(line: Line) -> None:
         ('{"type": "text", "text": "x", "stream": 0}', 1008, "invalid_frame"),
         ('{"type": "finish", "stream": 1, "text": "x"}', 1008, "invalid_frame"),
     ],
-    ids=["open", "array", "nan", "deep", "binary", "long", "kind", "no stream", "bool", "zero", "finish with text"],
+    ids=[
+        "open",
+        "array",
+        "nan",
+        "endless",
+        "deep",
+        "binary",
+        "long",
+        "kind",
+        "no stream",
+        "bool",
+        "zero",
+        "finish with text",
+    ],
 )
 async def test_a_frame_of_no_stream_ends_the_connection_and_every_stream_is_decided(
     line: Line, record: Record, raw: str | bytes, closes: int, code: str

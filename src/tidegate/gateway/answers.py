@@ -361,7 +361,7 @@ class AnswerStream:
     def _take(self, content: bytes) -> None:
         try:
             chunk = json_of(content.decode())
-        except (ValueError, RecursionError):
+        except ValueError:
             raise UpstreamError("the upstream sent an event that is not JSON") from None
         if not isinstance(chunk, dict):
             raise UpstreamError("the upstream sent an event that is not a JSON object")

@@ -28,7 +28,7 @@ from tidegate.gateway.guard import GuardDoor
 from tidegate.gateway.limits import Throttle
 from tidegate.gateway.live import Live, LiveLimits
 from tidegate.gateway.logs import AccessLog, route_of
-from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, MessagesEndpoint, tell_batches
+from tidegate.gateway.messages import BATCHES, CountTokensDoor, MessagesDoor, tell_batches
 from tidegate.gateway.models import Models
 from tidegate.gateway.moderations import Moderations
 from tidegate.gateway.openapi import describe
@@ -54,7 +54,13 @@ if TYPE_CHECKING:
 
 __all__ = ["HealthTexts", "create_app"]
 
-DOORS: Final[tuple[Door[Any], ...]] = (ChatDoor(), CompletionsDoor(), ResponsesDoor())
+DOORS: Final[tuple[Door[Any], ...]] = (
+    ChatDoor(),
+    CompletionsDoor(),
+    ResponsesDoor(),
+    MessagesDoor(),
+    CountTokensDoor(),
+)
 """The protocols that clients can speak to an upstream."""
 
 DEFAULT_LONGEST_BODY: Final = 8 * 1024 * 1024
@@ -231,10 +237,6 @@ def create_app(
     app = Starlette(
         routes=[
             *(Route(door.route, Endpoint(door, behind).answer, methods=["POST"]) for door in DOORS),
-            *(
-                Route(door.route, MessagesEndpoint(door, behind).answer, methods=["POST"])
-                for door in (MessagesDoor(), CountTokensDoor())
-            ),
             Route(BATCHES, tell_batches, methods=["GET", "POST", "DELETE"]),
             Route("/v1/responses/{rest:path}", refuse_stored, methods=["GET", "POST", "DELETE"]),
             Route("/v1/moderations", moderations.create, methods=["POST"]),

@@ -54,7 +54,6 @@ _TELL_S: Final = 1.0
 """Seconds that a client may take to be told that the server stops."""
 _SOON: Final = {"retry-after": "1"}
 _NO_UPSTREAM: Final = "this gateway has no upstream: start it with one"
-_TOO_DEEP: Final = "the body is nested too deep"
 
 
 # --- what a door is -----------------------------------------------------------------------------------------------
@@ -235,8 +234,6 @@ class Endpoint(Generic[A]):
                 await behind.admit(scope.tenant, scope.subject)
         except Problem as problem:
             return self.tell(problem)
-        except RecursionError:
-            return self.tell(Problem(400, _TOO_DEEP, code="invalid_json"))
         headers = {name: request.headers[name] for name in self.door.headers if name in request.headers}
         return _Exchange(self, behind.upstream, asked, scope, headers, body.sent(asked.body))
 
@@ -441,21 +438,14 @@ class _Exchange(Generic[A]):
         )
 
     def _mask_prompt(self, texts: Sequence[PromptText], decisions: Sequence[Decision]) -> bool:
-        """Take personal data out of what goes to the upstream, where the policy says so; False when some is left.
-
-        Raises:
-            Problem: when the request is nested too deep for that.
-        """
+        """Take personal data out of what goes to the upstream, where the policy says so; False when some is left."""
         if not self._masks:
             return False
         asked = self._asked
         redacted = [text for text, one in zip(texts, decisions, strict=True) if one.action is Action.REDACT]
         taken_out = frozenset[str]().union(*(text.paths for text in redacted))
         spared = {*spared_of(asked.unseen, asked.coverage)}.union(*(text.paths for text in asked.new)) - taken_out
-        try:
-            self._changed, count = masked_body(asked.body, spared, taken_out)
-        except RecursionError:
-            raise Problem(400, _TOO_DEEP, code="invalid_json") from None
+        self._changed, count = masked_body(asked.body, spared, taken_out)
         if count:
             self._body = _bytes_of(self._changed)
         return not redacted or self._is_out(texts, redacted)
@@ -464,7 +454,7 @@ class _Exchange(Generic[A]):
         """Whether nothing personal is left in these texts of the request, as the door reads it now."""
         try:
             masked = self._door.read(self._changed, judge_system=self._behind.judge_system)
-        except (Problem, RecursionError):
+        except Problem:
             return False
         history = self._policy.history
         left = (*masked.new, *(earlier_texts(masked.said, history.turns) if history.judge else ()))
@@ -519,10 +509,7 @@ class _Exchange(Generic[A]):
             raise await answer.problem()
         if self._asked.stream:
             raise UpstreamError("the upstream did not stream, although it was asked to")
-        try:
-            judged = await self._door.judge(self._asked, await answer.json(), self._judging())
-        except RecursionError:
-            raise UpstreamError("the upstream's answer is nested too deep") from None
+        judged = await self._door.judge(self._asked, await answer.json(), self._judging())
         return JSONResponse(judged, headers=dict(answer.headers))
 
     async def _stream(self, answer: UpstreamAnswer, to_client: Send) -> None:

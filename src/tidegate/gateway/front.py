@@ -1,7 +1,7 @@
 """What every request meets first and every response last: an identity, a time to be read in, and safe headers.
 
 A request has an id: the client's own ``x-request-id`` where that is a plain word, else a new one; the response and the
-log say it.
+log say it, the response to Anthropic's clients under their name for it too.
 A request whose body does not come in time gets 408. A host that was not asked for gets 421, where hosts are named.
 No response is sniffed, framed, kept by a cache, or tells others where it was asked; a page that says it differently for
 itself is left as it is.
@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tidegate.gateway.auth import OPEN_PATHS
 from tidegate.gateway.logs import request_id
-from tidegate.gateway.refusals import refuse, with_headers
+from tidegate.gateway.refusals import is_anthropics, refuse, with_headers
 from tidegate.gateway.statuses import Problem
 
 __all__ = ["API_HEADERS", "PAGE_POLICY", "Front"]
@@ -65,7 +65,7 @@ class Front:
         identity = _identity(headers.get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = identity
         request_id.set(identity)  # log lines say the same as the response
-        send = _safe(with_headers(send, {"x-request-id": identity, **API_HEADERS}))
+        send = _safe(with_headers(send, {**_identified(identity, scope["path"]), **API_HEADERS}))
         if self._hosts and scope["path"] not in OPEN_PATHS and not self._is_ours(headers.get("host", "")):
             problem = Problem(421, "this gateway does not answer to the name that it was asked by")
             await refuse(problem, scope, receive, send)
@@ -81,6 +81,12 @@ class Front:
             return True
         _, dot, parent = name.partition(".")
         return bool(dot) and f"*.{parent}" in self._hosts
+
+
+def _identified(identity: str, path: str) -> dict[str, str]:
+    """The headers that say the id of a request: ours, which is OpenAI's too, and Anthropic's where that is spoken."""
+    told = {"x-request-id": identity}
+    return {**told, "request-id": identity} if is_anthropics(path) else told
 
 
 def _identity(given: str) -> str:

@@ -45,15 +45,15 @@ class Throttle(Protocol):
     """Who carries out the advice ``throttle`` of a policy."""
 
     async def throttle(
-        self, tenant: str | None, subject: str | None, *, factor: float = 0.5, seconds: float = 300.0
+        self, tenant: str | None, subject: str | None, *, factor: float | None = None, seconds: float | None = None
     ) -> bool:
         """Let a subject do less for a while; each time again, while it lasts, still less.
 
         Args:
             tenant: whose subject it is; None where there are no tenants.
             subject: whose content it was; None when that is not known, and then nothing can be done.
-            factor: by what its number of requests is multiplied, more than 0 and at most 1.
-            seconds: for how long, from now on.
+            factor: by what its number of requests is multiplied, more than 0 and at most 1; None for the usual one.
+            seconds: for how long, from now on; None for the usual time.
 
         Returns:
             Whether it was done.
@@ -451,10 +451,14 @@ class LimitOptions:
     Attributes:
         tenant: for each tenant, with all of its keys together.
         subject_per_minute: what a subject that is throttled starts from, before the factor, greater than 0.
+        throttle_factor: by what that is multiplied each time that it is throttled, more than 0 and at most 1.
+        throttle_s: seconds that it lasts from the last time on, more than 0.
     """
 
     tenant: Allowance = field(default_factory=Allowance)
     subject_per_minute: float = 60.0
+    throttle_factor: float = 0.5
+    throttle_s: float = 300.0
 
 
 class Limits:
@@ -488,13 +492,15 @@ class Limits:
                 await surely(self._counts.leave(limits, lease))
 
     async def throttle(
-        self, tenant: str | None, subject: str | None, *, factor: float = 0.5, seconds: float = 300.0
+        self, tenant: str | None, subject: str | None, *, factor: float | None = None, seconds: float | None = None
     ) -> bool:
         """See `Throttle.throttle`.
 
         Raises:
             InputError: when the factor or the time is out of its range.
         """
+        factor = self._options.throttle_factor if factor is None else factor
+        seconds = self._options.throttle_s if seconds is None else seconds
         if not 0 < factor <= 1 or not 0 < seconds <= 86_400 * 366:
             raise InputError("expected a factor from 0 to 1, and seconds of at most a year", where="throttle")
         if subject is None:

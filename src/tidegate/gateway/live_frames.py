@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from tidegate.errors import InputError
 from tidegate.gateway.guard import Reading
+from tidegate.gateway.schemas import TOO_DEEP, is_too_deep
 from tidegate.types import Channel, Conversation, Scope
 
 __all__ = ["PROTOCOL", "Close", "Finish", "Frame", "Ids", "Open", "Text", "Unreadable", "read_frame"]
@@ -170,8 +171,12 @@ def _json(message: Mapping[str, Any], longest: int) -> dict[str, Any]:
         raise Unreadable(f"a frame may have {longest:,} bytes", "frame_too_long", 1009)
     try:
         value = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise Unreadable("expected a JSON object", "invalid_json", 1007) from None
+    except RecursionError:
+        raise Unreadable(TOO_DEEP, "nested_too_deep", 1007) from None
+    if is_too_deep(value, text):
+        raise Unreadable(TOO_DEEP, "nested_too_deep", 1007)
     if not isinstance(value, dict):
         raise Unreadable("expected a JSON object", "invalid_json", 1007)
     return value

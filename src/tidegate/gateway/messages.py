@@ -12,13 +12,10 @@ from typing import Any, ClassVar, Final
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Send
-from starlette.types import Scope as AsgiScope
 
 from tidegate.errors import UpstreamError
 from tidegate.gateway.channels import Judging
 from tidegate.gateway.deltas import is_place
-from tidegate.gateway.exchange import Behind, Endpoint
 from tidegate.gateway.messages_answers import (
     MessageStream,
     error_body,
@@ -34,7 +31,7 @@ from tidegate.gateway.upstream import KeyHeader
 from tidegate.moderate import Retry
 from tidegate.settings import Continues
 
-__all__ = ["BATCHES", "CountTokensDoor", "MessagesDoor", "MessagesEndpoint", "tell_batches"]
+__all__ = ["BATCHES", "CountTokensDoor", "MessagesDoor", "tell_batches"]
 
 BATCHES: Final = "/v1/messages/batches{rest:path}"
 """Where clients look for batches."""
@@ -105,34 +102,6 @@ class CountTokensDoor(MessagesDoor):
         if not is_place(count):
             raise UpstreamError("the upstream's answer is not a number of tokens")
         return {"input_tokens": count}
-
-
-class MessagesEndpoint(Endpoint[MessagesRequest]):
-    """A door of this API that stands open; every answer has a ``request-id``."""
-
-    def __init__(self, door: MessagesDoor, behind: Behind) -> None:
-        super().__init__(door, behind)
-
-    async def answer(self, request: Request) -> ASGIApp:
-        return _Numbered(await super().answer(request))
-
-
-class _Numbered:
-    """The same app, whose answers say a ``request-id``: the upstream's, or one of ours where it said none."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        async def numbered(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = list(message.get("headers", ()))
-                if not any(name.lower() == b"request-id" for name, _ in headers):
-                    headers.append((b"request-id", f"req_{uuid.uuid4().hex}".encode()))
-                message = {**message, "headers": headers}
-            await send(message)
-
-        await self._app(scope, receive, numbered)
 
 
 async def tell_batches(request: Request) -> JSONResponse:

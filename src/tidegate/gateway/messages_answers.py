@@ -385,7 +385,7 @@ class MessageStream:
     def _take(self, content: bytes) -> None:
         try:
             body = json_of(content.decode())
-        except (ValueError, RecursionError):
+        except ValueError:
             raise UpstreamError("the upstream sent an event that is not JSON") from None
         if not isinstance(body, dict) or not isinstance(body.get("type"), str):
             raise UpstreamError("the upstream sent an event without a type")

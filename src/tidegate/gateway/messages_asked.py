@@ -144,11 +144,8 @@ def read_messages(body: dict[str, Any], *, judge_system: bool = False) -> Messag
         refuse(f"expected at most {MOST_MESSAGES:,} messages, got {len(messages):,}", "too_many", param="messages")
     model, stream = model_of(body), flag_of(body, "stream")
     tools = frozenset(_tool_names(body))
-    try:
-        said = list(_said(body, messages, tools))
-        beside, unseen = list(_beside(body)), list(_unseen(body))
-    except RecursionError:
-        refuse("the content is nested too deep", "invalid_value", param="messages")
+    said = list(_said(body, messages, tools))
+    beside, unseen = list(_beside(body)), list(_unseen(body))
     if len(said) > MOST_TURNS:
         refuse(f"expected at most {MOST_TURNS:,} turns, got {len(said):,}", "too_many", param="messages")
     return MessagesRequest(

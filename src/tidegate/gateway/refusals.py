@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tidegate.gateway.statuses import Problem
 
-__all__ = ["error_body", "refuse", "with_headers"]
+__all__ = ["error_body", "is_anthropics", "refuse", "with_headers"]
 
 _POLICY_VIOLATION: Final = 1008
 
@@ -35,8 +35,12 @@ async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -
 
 def error_body(problem: Problem, path: str) -> dict[str, Any]:
     """An error in the shape of the protocol that is spoken at a path: Anthropic's or OpenAI's."""
-    anthropic = path == "/v1/messages" or path.startswith("/v1/messages/")
-    return problem.anthropic_body if anthropic else problem.body
+    return problem.anthropic_body if is_anthropics(path) else problem.body
+
+
+def is_anthropics(path: str) -> bool:
+    """Whether Anthropic's protocol is spoken at a path."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 def with_headers(send: Send, headers: Mapping[str, str]) -> Send:

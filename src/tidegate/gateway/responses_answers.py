@@ -387,7 +387,7 @@ class ResponseStream:
     async def _take(self, content: bytes) -> None:
         try:
             said = json_of(content.decode())
-        except (ValueError, RecursionError):
+        except ValueError:
             raise UpstreamError("the upstream sent an event that is not JSON") from None
         if not isinstance(said, dict):
             raise UpstreamError("the upstream sent an event that is not a JSON object")

@@ -21,10 +21,13 @@ from tidegate.policy import Policy
 from tidegate.types import Action, Coverage, Decision, Span
 
 __all__ = [
+    "MOST_LEVELS",
+    "TOO_DEEP",
     "Body",
     "characters_in",
     "decision_field",
     "is_name",
+    "is_too_deep",
     "json_of",
     "kind_of",
     "mended",
@@ -38,6 +41,11 @@ __all__ = [
 
 _FIELD: Final = re.compile(r"[\w.:/@+-]{1,64}", re.ASCII)
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
+MOST_LEVELS: Final = 100
+"""How deep arrays and objects may lie in each other, whoever sent them; so deep, all that walks through them can go."""
+TOO_DEEP: Final = f"nested too deep: arrays and objects may lie in each other for at most {MOST_LEVELS} levels"
 
 
 # --- bodies -------------------------------------------------------------------------------------------------------
@@ -81,20 +89,25 @@ async def read_body(request: Request, *, longest: int) -> Body:
         return fields
 
     broken = False
+    value: Any = None
     try:
-        body = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=pairs)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=pairs)
         if "\\ud" in text or "\\uD" in text:
-            said = json.dumps(body, ensure_ascii=False)
+            said = json.dumps(value, ensure_ascii=False)
             whole = mended(said)
             broken = whole != said
-            body = json.loads(whole)
+            value = json.loads(whole)
     except json.JSONDecodeError as error:
         refuse(f"the body is not JSON: line {error.lineno}, column {error.colno}: {error.msg}", code="invalid_json")
-    except (ValueError, RecursionError):
-        refuse("the body is not JSON: it is nested too deep, or has a number that JSON does not know", "invalid_json")
-    if not isinstance(body, dict):
-        refuse(f"expected a JSON object, got {kind_of(body)}")
-    return Body(body, None if repeated or broken else data)
+    except RecursionError:
+        refuse(TOO_DEEP, "nested_too_deep")
+    except ValueError:
+        refuse("the body is not JSON: it has a number that JSON does not know, or that is too long", "invalid_json")
+    if is_too_deep(value, text):
+        refuse(TOO_DEEP, "nested_too_deep")
+    if not isinstance(value, dict):
+        refuse(f"expected a JSON object, got {kind_of(value)}")
+    return Body(value, None if repeated or broken else data)
 
 
 async def _read(request: Request, longest: int) -> bytes:
@@ -129,8 +142,41 @@ def _finite_or_null(digits: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-json_of: Final = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite_or_null).decode
-"""JSON of an upstream, which can be written again: numbers that JSON does not know are null. Raises ValueError."""
+_NESTING: Final = (dict, list)
+_decoded: Final = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite_or_null).decode
+
+
+def json_of(text: str) -> Any:
+    """JSON of an upstream, which can be written again: numbers that JSON does not know are null.
+
+    Raises:
+        ValueError: when it is not JSON.
+        RecursionError: when it is nested deeper than `MOST_LEVELS`.
+    """
+    value = _decoded(text)
+    if is_too_deep(value, text):
+        raise RecursionError(f"more than {MOST_LEVELS} levels")
+    return value
+
+
+def is_too_deep(value: Any, text: str) -> bool:
+    """Whether a JSON value, read from this text, is nested deeper than `MOST_LEVELS`.
+
+    A text with no more brackets than that cannot be; all others cost a look at each array and object.
+    """
+    if text.count("[") + text.count("{") <= MOST_LEVELS:
+        return False
+    level = [value] if type(value) in _NESTING else []
+    for _ in range(MOST_LEVELS):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in _NESTING
+        ]
+        if not level:
+            return False
+    return True
 
 
 def mended(text: str) -> str:

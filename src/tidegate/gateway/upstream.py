@@ -61,6 +61,7 @@ _WORD: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PLACE: Final = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
 _IDENTITY: Final = re.compile(r"[A-Za-z0-9_.:/@+-]{1,128}")
 _IDENTITIES: Final = ("x-request-id", "request-id")
+UPSTREAM_ID: Final = "x-upstream-request-id"
 _QUOTAS: Final = ("x-ratelimit-", "anthropic-ratelimit-")
 _RETRY_AFTER: Final = re.compile(r"\d{1,10}|[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} GMT")
 
@@ -98,12 +99,14 @@ class UpstreamAnswer:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a client may see of the headers: the request's identity, and the quota where it is the client's own."""
-        return {
-            name: value
-            for name, value in ((name.lower(), value) for name, value in self._response.headers.items())
-            if (name in _IDENTITIES or (self._quota and name.startswith(_QUOTAS))) and _IDENTITY.fullmatch(value)
-        }
+        """What a client may see: the upstream's id of the request, and the quota where that is the client's own.
+
+        The id has a name of its own, because the request has one here too.
+        """
+        said = {name.lower(): value for name, value in self._response.headers.items() if _IDENTITY.fullmatch(value)}
+        told = {name: value for name, value in said.items() if self._quota and name.startswith(_QUOTAS)}
+        identity = next((said[name] for name in _IDENTITIES if name in said), None)
+        return told if identity is None else {UPSTREAM_ID: identity, **told}
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it arrives: each time all that is there.
@@ -119,13 +122,15 @@ class UpstreamAnswer:
         """The whole body as JSON.
 
         Raises:
-            UpstreamError: when it breaks off, is too long, or is not JSON.
+            UpstreamError: when it breaks off, is too long or nested too deep, or is not JSON.
         """
         data = await self._read(self._longest)
         try:
             return _parsed(data)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise UpstreamError("the upstream's answer is not JSON") from None
+        except RecursionError:
+            raise UpstreamError("the upstream's answer is nested too deep") from None
 
     async def problem(self) -> Problem:
         """What the client is told of the upstream's error: the status, words for programs, and when to come again.

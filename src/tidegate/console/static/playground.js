@@ -9,6 +9,8 @@
   const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
   const milliseconds = (ms) => (ms === null || ms === undefined ? "–" : ms < 10 ? `${ms.toFixed(1)} ms` : `${Math.round(ms).toLocaleString("en")} ms`);
 
+  const first = Object.fromEntries(["state", "why", "prompt-verdict"].map((id) => [id, $(id).textContent])); // before any run
+
   const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
 
   let tokens = []; // what the server said of each shown token, with its element
@@ -24,6 +26,19 @@
 
   function showMode() {
     for (const element of document.querySelectorAll("[data-for-mode]")) element.hidden = element.dataset.forMode !== mode();
+  }
+
+  // Another mode is another question: what was said to the one before does not stay beside it.
+  function changeMode() {
+    showMode();
+    const gone = running;
+    running = null;
+    gone?.abort();
+    reset();
+    for (const id of ["why", "prompt-verdict"]) $(id).textContent = first[id];
+    $("empty").hidden = false;
+    say("empty", first.state);
+    buttons();
   }
 
   function take(example) {
@@ -364,7 +379,7 @@
     run();
   });
   $("stop").addEventListener("click", stop);
-  for (const input of document.querySelectorAll("input[name=mode]")) input.addEventListener("change", showMode);
+  for (const input of document.querySelectorAll("input[name=mode]")) input.addEventListener("change", changeMode);
   for (const example of document.querySelectorAll(".example")) example.addEventListener("click", () => take(example));
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {

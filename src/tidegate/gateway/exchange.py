@@ -615,9 +615,9 @@ def _told(error: TidegateError) -> str:
     if not isinstance(error, UpstreamError):
         return type(error).__name__
     cause = error.__cause__
-    number = getattr(getattr(cause, "os_error", cause), "errno", None)
+    number: object = getattr(getattr(cause, "os_error", cause), "errno", None)
     kinds = [type(cause).__name__] if cause else []
-    kinds += [errno.errorcode[number]] if number in errno.errorcode else []
+    kinds += [errno.errorcode[number]] if isinstance(number, int) and number in errno.errorcode else []
     return f"UpstreamError: {error}" + (f" ({', '.join(kinds)})" if kinds else "")
 
 

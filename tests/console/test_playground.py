@@ -13,8 +13,9 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from tidegate.console.app import create_console
-from tidegate.console.playground import LONGEST_PROMPT, Answer, Ask, parse_ask, play
+from tidegate.console.playground import LONGEST_PROMPT, TEXTS, Answer, Ask, parse_ask, play
 from tidegate.errors import GuardTimeout, InputError, StoreError, UpstreamError
+from tidegate.guards import load_guard
 from tidegate.guards.second import SecondGuard
 from tidegate.policy import Confirm, load_policy, parse_policy
 from tidegate.testing import FakeGuard, FakeStreamGuard
@@ -295,3 +296,19 @@ async def test_a_guard_that_takes_too_long_is_given_up() -> None:
     judged = Ask("", "well guardhang x", "open")
     events = await events_of(judged, policy=OPEN, timeout_s=0.05)
     assert only(events, "decision")[0]["decision"]["rule"] == "on_guard_error"
+
+
+async def test_each_text_that_is_offered_ends_as_its_title_says_with_the_guard_in_the_package() -> None:
+    guard = load_guard("edge")
+    ended = {}
+    for offered in TEXTS:
+        (decision,) = only(await events_of(Ask(offered.prompt, offered.response, "balanced"), guard=guard), "decision")
+        ended[offered.title] = decision["decision"]["action"]
+    await guard.close()
+    assert ended == {
+        "A kind answer": "allow",
+        "Turns half-way": "block",
+        "Harm in calm words": "allow",  # as its hint says
+        "Alarming words, harmless": "allow",
+        "A false alarm": "block",  # as its hint says
+    }

@@ -113,9 +113,7 @@ def _load_checkpoint(kind: str, name: str, threads: int | None, adapters: Mappin
 
         return GenGuard(name, threads=threads, adapters=adapters)
     except ModuleNotFoundError as error:
-        raise GuardUnavailable(
-            f"{kind}: guards need {error.name}: pip install 'tidegate[torch]'"
-        ) from error
+        raise GuardUnavailable(f"{kind}: guards need {error.name}: pip install 'tidegate[torch]'") from error
 
 
 _KINDS: Final = (

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
+from tidegate.deadlines import within
 from tidegate.errors import StoreError, TidegateError, UpstreamError
 from tidegate.gateway import sse
 from tidegate.gateway.asked import Asked, PromptText, earlier_texts
@@ -703,8 +704,7 @@ def _patient(send: Send, timeout_s: float | None) -> Send:
 
     async def patiently(message: Message) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
-                await send(message)
+            await within(send(message), timeout_s)
         except TimeoutError:
             raise _Stalled from None
 

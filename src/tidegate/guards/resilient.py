@@ -20,11 +20,11 @@ once, with its first piece of text: one that is under way is not cut because oth
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar, cast
 
+from tidegate.deadlines import within
 from tidegate.errors import GuardError, GuardTimeout, GuardUnavailable, InputError
 from tidegate.guards.around import GuardAround
 from tidegate.guards.base import IdSession, IdText, RememberingGuard, Session, StreamGuard
@@ -191,8 +191,7 @@ class ResilientGuard(GuardAround):
 
 async def _in_time(work: Coroutine[Any, Any, T], deadline_s: float | None) -> T:
     try:
-        async with asyncio.timeout(deadline_s):
-            return await work
+        return await within(work, deadline_s)
     except TimeoutError:
         raise GuardTimeout("the guard did not answer in time") from None
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callab
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, cast
 
+from tidegate.deadlines import within
 from tidegate.errors import GuardTimeout, InputError, SessionClosed, UnreadableVerdict
 from tidegate.guards.base import IdGuard, IdSession, IdText, Session, StreamGuard
 from tidegate.guards.rejudged import token_verdict
@@ -301,8 +302,7 @@ class StreamModerator:
             raise SessionClosed("the stream has ended")
         if self._ids is None and self._failure is None:
             try:
-                async with asyncio.timeout(self._timeout_s):
-                    self._ids = await guard.id_text()
+                self._ids = await within(guard.id_text(), self._timeout_s)
             except Exception as error:  # that the guard cannot read them is its failure, and must be decided too
                 self._fail(failure_of(error, guard.name))
         if self._ids is not None and ids:
@@ -436,15 +436,7 @@ class StreamModerator:
         self._new.clear()
         self._new_ids.clear()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                if self._session is None:
-                    self._session = self._guard.open(self._context, self.channel, **self._before)
-                if ids:
-                    tokens = await cast(IdSession, self._session).feed_ids(ids)
-                else:
-                    tokens = await self._session.feed(text) if text or not ends else ()
-                if ends:
-                    tokens += await self._session.finish()
+            tokens = await within(self._said(text, ids, ends=ends), self._timeout_s)
         except Exception as error:  # whatever goes wrong inside a guard is the third outcome, and must be decided too
             self._fail(failure_of(error, self._guard.name))
             return
@@ -466,6 +458,16 @@ class StreamModerator:
         last = tokens[-1] if tokens else None
         if await self._take(self._debounce.complete(), last) or self._lacks(complete=True):
             self._stopped = True
+
+    async def _said(self, text: str, ids: Sequence[int], *, ends: bool) -> tuple[TokenVerdict, ...]:
+        """What the guard says of more text, or of more ids."""
+        if self._session is None:
+            self._session = self._guard.open(self._context, self.channel, **self._before)
+        if ids:
+            tokens = await cast(IdSession, self._session).feed_ids(ids)
+        else:
+            tokens = await self._session.feed(text) if text or not ends else ()
+        return tokens + await self._session.finish() if ends else tokens
 
     async def _note(self, token: TokenVerdict, *, whole: bool) -> bool:
         """Take a token; whether it stops the stream."""

@@ -7,6 +7,7 @@ from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final, Protocol, TypeVar
 
+from tidegate.deadlines import within
 from tidegate.errors import GuardError, GuardTimeout
 from tidegate.guards.base import Guard
 from tidegate.guards.resilient import ResilientGuard
@@ -118,8 +119,7 @@ async def surely(work: Coroutine[Any, Any, T]) -> T:
 
 async def _verdict(conversation: Conversation, guard: Guard, timeout_s: float | None) -> Verdict | GuardFailure:
     try:
-        async with asyncio.timeout(timeout_s):
-            return await guard.judge(conversation)
+        return await within(guard.judge(conversation), timeout_s)
     except Exception as error:  # whatever goes wrong inside a guard is the third outcome, and must be decided too
         return failure_of(error, guard.name)
 

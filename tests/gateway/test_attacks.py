@@ -22,6 +22,7 @@ from gateway.test_front import bounded, connected, rest
 from serving import POLICY, Gateway, make_policy, serving, wait_until
 from tidegate.gateway.app import create_app
 from tidegate.gateway.connections import Bounds
+from tidegate.gateway.draining import DrainingWebSockets
 from tidegate.gateway.schemas import MOST_LEVELS
 from tidegate.gateway.scopes import scope_of
 from tidegate.gateway.sse import EventReader
@@ -284,6 +285,28 @@ def test_what_comes_behind_a_body_is_no_header(apart: bool) -> None:
 
     assert answer.startswith(b"HTTP/1.1 200 "), answer
     assert "authorization" not in fake.received[0].headers
+
+
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [
+        (b"content-length: 5\r\n", b"400"),
+        (b"transfer-encoding: chunked\r\n", b"400"),
+        (b"x: " + b"a" * 9000 + b"\r\n", b"431"),
+        (b"x: \xff\r\n", b"400"),
+        (b"", b"400"),
+    ],
+    ids=["length", "chunks", "long header", "odd letters", "no key"],
+)
+def test_a_handshake_that_cannot_be_read_is_ended_and_holds_no_connection(more: bytes, status: bytes) -> None:
+    app = create_app(guard=FakeStreamGuard(), policy=make_policy())
+    with bounded(app, Bounds(), ws=DrainingWebSockets) as port, connected(port) as raw:
+        raw.sendall(
+            b"GET /v1/live HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n" + more + b"\r\n"
+        )
+        answer = rest(raw)
+
+    assert answer.split(b" ", 2)[1] == status, answer
 
 
 def test_very_long_trailers_are_refused() -> None:

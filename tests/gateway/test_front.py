@@ -34,7 +34,7 @@ def make(**options: Any) -> Any:
 @contextlib.contextmanager
 def bounded(app: Any, bounds: Bounds, **options: Any) -> Iterator[int]:
     """Serve with bounds; gives the port."""
-    listener = socket.socket()
+    listener = socket.socket(proto=socket.IPPROTO_TCP)  # else asyncio leaves Nagle on, and each answer waits 40 ms
     listener.bind(("127.0.0.1", 0))
     config = BoundedConfig(app, bounds=bounds, log_level="critical", timeout_graceful_shutdown=1, **options)
     server = uvicorn.Server(config)
@@ -232,6 +232,43 @@ def test_requests_on_one_connection_each_have_their_own_time_and_length() -> Non
         raw.sendall(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n" * 20)
         raw.sendall(b"GET /nothing HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         assert rest(raw).count(b"HTTP/1.1 404 ") == 21
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("form", ["length", "chunks"])
+def test_a_request_that_offers_http2_is_answered_as_it_is(form: str, apart: bool) -> None:
+    """As Java's own client and ``curl --http2`` do; and so are those behind it on the connection."""
+    body = b'{"input": "a bomb"}'
+    length, data = b"content-length: %d\r\n" % len(body), body
+    if form == "chunks":
+        length, data = b"transfer-encoding: chunked\r\n", b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAA\r\n"
+    last = b"POST /v1/moderations HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + length + b"\r\n" + data
+    sent = [b"POST /v1/moderations HTTP/1.1\r\nhost: x\r\n" + offer + length + b"\r\n", data, last]
+    with bounded(make(), Bounds()) as port, connected(port) as raw:
+        for piece in sent if apart else [b"".join(sent)]:
+            raw.sendall(piece)
+        answer = rest(raw)
+
+    assert answer.count(b"HTTP/1.1 200 ") == 2, answer
+    assert answer.count(b'"flagged":true') == 2
+
+
+def test_many_offers_on_one_connection_are_each_answered() -> None:
+    offer = b"connection: Upgrade\r\nupgrade: h2c\r\n\r\n"
+    with bounded(make(), Bounds()) as port, connected(port) as raw:
+        raw.sendall((b"GET /nothing HTTP/1.1\r\nhost: x\r\n" + offer) * 2_000)
+        raw.sendall(b"GET /nothing HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert rest(raw).count(b"HTTP/1.1 404 ") == 2_001
+
+
+def test_an_offer_in_a_request_for_a_tunnel_is_no_way_in() -> None:
+    with bounded(make(), Bounds()) as port, connected(port) as raw:
+        raw.sendall(b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n")
+        raw.shutdown(socket.SHUT_WR)
+        answer = rest(raw)
+
+    assert answer.startswith((b"HTTP/1.1 404 ", b"HTTP/1.1 400 ", b"HTTP/1.1 405 ")), answer
 
 
 # --- TLS ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 __all__ = ["DrainingWebSockets", "told_to_stop"]
 
 _EXTENSION: Final = "tidegate.draining"
+_UNREADABLE: Final = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 def told_to_stop(scope: Mapping[str, Any]) -> asyncio.Event:
@@ -36,6 +37,15 @@ class DrainingWebSockets(WebSocketsSansIOProtocol):
         super().handle_connect(event)
         scope: dict[str, Any] = getattr(self, "scope", {})
         scope.get("extensions", {})[_EXTENSION] = {"event": self._stopping}
+
+    def data_received(self, data: bytes) -> None:
+        """A handshake that `websockets` cannot read (with a body, or a very long header) is answered and ended; uvicorn
+        would wait for the client for ever.
+        """
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.transport.is_closing():
+            self.transport.write(b"".join(self.conn.data_to_send()) or _UNREADABLE)
+            self.transport.close()
 
     async def send(self, message: Any) -> None:
         """A handshake that is refused with a response is complete with its last byte; uvicorn takes it for a fault."""

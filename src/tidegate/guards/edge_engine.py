@@ -37,6 +37,8 @@ _MOST_CACHED = 16 * 1024
 _SLACK = 16
 """Padded positions that are always worth a shared run."""
 _SMALLEST_CACHE = 32
+_CAUSAL: Float = np.triu(np.full((_CHUNK, _CHUNK), _HIDDEN, np.float32), 1)
+"""What a position of a run must not see of the run: those behind it."""
 _FEW = 8
 """Most new positions that may be computed in an event loop: that takes less than a millisecond."""
 _SHARE = 0.25
@@ -185,7 +187,7 @@ class Engine(Worker[_Work]):
         positions = np.zeros((rows, most), np.int64)
         mask = np.full((rows, 1, most, cached + most), _HIDDEN, np.float32)
         past = self._room((len(self._pasts), rows, self._kv_heads, cached, self._head_dim))
-        causal = _causal(most)
+        causal = _CAUSAL[:most, :most]
         for row, (work, cache, length, new) in enumerate(zip(batch, caches, lengths, news, strict=True)):
             ids[row, :new] = work.ids[work.done : work.done + new]
             positions[row, :new] = np.arange(length, length + new)
@@ -218,10 +220,6 @@ def _load(model: Path, threads: int) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(model), options, providers=[provider])
     except Exception as error:
         raise GuardUnavailable(f"{model} cannot be loaded by ONNX Runtime: {type(error).__name__}") from error
-
-
-def _causal(positions: int) -> Float:
-    return np.triu(np.full((positions, positions), _HIDDEN, np.float32), 1)
 
 
 def _append(sequence: Sequence, cache: Float | None, new: Float, length: int) -> None:

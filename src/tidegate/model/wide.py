@@ -144,7 +144,7 @@ class WideTable:
         if len(ids) == 1:
             rows_of_one = self._hasher.rows_of_one(ids[0], before, int(self._shift))
             said = self._values[target][rows_of_one].sum(axis=0, dtype=np.int64)
-            return np.append(said, len(rows_of_one))[None]
+            return np.array([[*said.tolist(), len(rows_of_one)]], np.int64)
         hashes, owner = self._hasher.hashes(ids, before)
         rows = self._values[target][(hashes >> self._shift).astype(np.int64)]
         result = np.empty((len(ids), COLUMNS + 1), np.int64)

@@ -244,3 +244,14 @@ def test_the_fast_way_of_folding_equals_the_plain_one(texts: list[str]) -> None:
 
     assert folder.consumed == plain.consumed
     assert folder.fold("a" * 5 + " z") == plain.fold("a" * 5 + " z")
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(max_codepoint=127), max_size=60))
+@example("")
+@example(" \n")
+@example("a" * 45)
+@example("it's 12345 o'clock !!!!! (really)\x00\x1c\x7f\t ok")
+def test_ascii_text_is_cut_as_the_tokenizer_cuts_it(text: str) -> None:
+    pieces = TOKENIZER._pieces.pre_tokenize_str(text)
+    assert TOKENIZER.boundary(text) == (pieces[-1][1][0] if pieces else 0)

@@ -250,8 +250,11 @@ class AnswerStream:
     @property
     def retry(self) -> Retry | None:
         """From where the upstream is to go on, instead of what it says now; None while it need not."""
-        found = (channel.retry for choice in self._choices.values() for channel in choice.channels.values())
-        return next((retry for retry in found if retry is not None), None)
+        for choice in self._choices.values():
+            for channel in choice.channels.values():
+                if channel.retry is not None:
+                    return channel.retry
+        return None
 
     @property
     def due_s(self) -> float | None:

@@ -522,8 +522,9 @@ class _Exchange(Generic[A]):
         with telemetry.stream():
             try:
                 async for data in self._advance(stream, answer):
-                    telemetry.held.inc(stream.held - held)
-                    held = stream.held
+                    if (now := stream.held) != held:
+                        telemetry.held.inc(now - held)
+                        held = now
                     if stream.done:
                         if not stream.complete:
                             answer.close()

@@ -51,6 +51,9 @@ SPLIT_PATTERN = (
 )
 """How folded text is cut (Oniguruma syntax). Every alternative is a bounded run of one class of characters."""
 
+_ASCII_PIECES = re.compile(r" ?[A-Za-z]{1,20}|[0-9]{1,3}| ?[^\sA-Za-z0-9]{1,4}|\s", re.ASCII)
+"""The same for text that is all ASCII. A word of a stream comes when the caches hold something else, and then the
+large tables of the other way take several times as long as this."""
 _MAX_REPEATS = 3
 _SPACE = " "
 
@@ -261,6 +264,11 @@ class TextTokenizer:
 
     def boundary(self, folded: str) -> int:
         """Up to which index the pieces of this folded text are final, when more text may follow."""
+        if self._cuts_at_spaces and folded.isascii():
+            piece = None
+            for piece in _ASCII_PIECES.finditer(folded):  # noqa: B007 - the last one counts
+                pass
+            return piece.start() if piece is not None else 0
         pieces = self._pieces.pre_tokenize_str(folded)
         return int(pieces[-1][1][0]) if pieces else 0
 

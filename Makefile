@@ -28,7 +28,7 @@ test: check ## Check style, types, layers, then run every test
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.dev ## Search for new cases that break a property: make fuzz PYTEST_ARGS=tests/model
-	$(BIN)/pytest --hypothesis-profile=fuzz $(PYTEST_ARGS)
+	$(BIN)/pytest --hypothesis-profile=fuzz -m hypothesis $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## Check style, types, layers
 	$(BIN)/ruff check .

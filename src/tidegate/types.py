@@ -377,7 +377,8 @@ class Intervention:
         outcome: how it ended: ``done``; of a rollback also ``failed`` or ``flagged`` (the last try was flagged too); of
             a question to the confirming guard ``confirmed``, ``overruled`` or ``failed``.
         count: how often: spans that were masked, tries, questions; at least 1.
-        characters: masked, thrown away, or (of an alarm that was overruled) let go on; at least 0.
+        characters: masked, thrown away, or (of an alarm that was overruled) let go on; at least 0. What a cut or a
+            replacement throws away is all that had come by then and not left.
         tokens: of the guard, that were thrown away; 0 where that is not counted.
     """
 

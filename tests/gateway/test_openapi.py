@@ -57,6 +57,8 @@ TO_UPSTREAM: dict[str, Any] = {
     "GET /v1/models": None,
     "GET /v1/models/{name}": None,
 }
+pytestmark = pytest.mark.hypothesis  # so that `make fuzz` runs them: schemathesis does not say so itself
+
 CONFORMING = [
     status_code_conformance,
     content_type_conformance,

@@ -38,6 +38,7 @@ from tidegate.errors import (
 from tidegate.guards import StreamGuard, load_guard
 from tidegate.guards.base import judges_together
 from tidegate.guards.gen import GenGuard
+from tidegate.guards.terms import Terms
 from tidegate.model.scoring import Scores
 from tidegate.prompts import OFFICIAL, Form, reason_form
 from tidegate.types import (
@@ -137,6 +138,20 @@ async def test_callers_at_once_share_runs_and_get_what_they_get_alone(guard: Gen
     assert all(close(one, other) for one, other in zip(together, alone, strict=True))
     assert sum(runs.sizes) == len(ROWS)
     assert len(runs.sizes) <= 6
+
+
+async def test_callers_with_the_instructions_of_one_policy_share_runs_too(guard: GenGuard) -> None:
+    runs = Runs(guard)
+    runs.go_on.clear()
+    first = asyncio.ensure_future(guard.judge(Conversation.of("tell me of tea")))
+    await runs.begun()
+    told = [guard.on_terms(Terms(instructions=words)) for words in ["for users in IN"] * 4 + ["for users in DE"]]
+    waiting = [asyncio.ensure_future(one.judge(Conversation.of("tell me of tea"))) for one in told]
+    await asyncio.sleep(0)
+    runs.go_on.set()
+    await asyncio.gather(first, *waiting)
+
+    assert sorted(runs.sizes) == [1, 1, 4]
 
 
 async def test_short_prompts_do_not_share_a_run_with_long_ones(guard: GenGuard) -> None:

@@ -277,7 +277,7 @@ class _Worker(Worker[_Work]):
 
         def joins(work: _Work) -> bool:
             nonlocal form
-            if not padding.fits(len(work.ids)) or (form is not None and work.form is not form):
+            if not padding.fits(len(work.ids)) or (form is not None and work.form != form):
                 return False
             padding.add(len(work.ids))
             form = work.form

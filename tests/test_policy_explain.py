@@ -7,7 +7,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_policy_layers import LIKELY, piles, policy, scopes, verdict, verdicts
+from test_policy import LIKELY
+from test_policy_layers import piles, policy, scopes, verdict, verdicts
 from tidegate.policy import Explanation, Policy, Replay, decide, explain, parse_policy
 from tidegate.types import (
     Action,

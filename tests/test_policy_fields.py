@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_policy_layers import LIKELY
+from test_policy import LIKELY
 from tidegate.policy import FIELDS, decide, load_policy
 from tidegate.types import CATEGORIES, Action, Advice, GuardFailure, Probabilities, Severity, Target, Verdict
 

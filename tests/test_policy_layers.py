@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from test_policy import LIKELY
 from tidegate.errors import PolicyError
 from tidegate.policy import (
     FIELDS,
@@ -29,7 +30,6 @@ from tidegate.types import (
     Advice,
     GuardFailure,
     Observed,
-    Probabilities,
     Scope,
     Severity,
     Span,
@@ -39,11 +39,6 @@ from tidegate.types import (
 )
 
 SAFE, CONTROVERSIAL, UNSAFE = Severity
-LIKELY = {
-    SAFE: Probabilities(0.9, 0.06, 0.04),
-    CONTROVERSIAL: Probabilities(0.1, 0.8, 0.1),
-    UNSAFE: Probabilities(0.02, 0.08, 0.9),
-}
 HEAD = "name: test\non_guard_error: block\notherwise: allow\n"
 
 

@@ -15,6 +15,8 @@ from websockets.asyncio.client import connect
 from websockets.typing import Subprotocol
 
 from gateway import messages_wire as wire
+from gateway.test_interventions import HEAD as TWO_TOKENS
+from gateway.test_interventions import RULES, Personal
 from serving import PATIENCE_S, Record, serving
 from streams import cut
 from tidegate.gateway.app import create_app
@@ -37,7 +39,7 @@ from tidegate.testing import (
     text_chunks,
     text_completion,
 )
-from tidegate.types import Conversation, Decision, Role, Scope, Severity, ToolCall, Turn
+from tidegate.types import Conversation, Decision, Role, Scope, ToolCall, Turn
 
 PLANTED = ("ann@example.org", "030 1234567", "4111 1111 1111 1111")
 TEXT = "Write to ann@example.org, call 030 1234567 or pay with 4111 1111 1111 1111 before the evening."
@@ -46,29 +48,7 @@ GIVEN = {"to": "ann@example.org", "calls": ["030 1234567"], "card": "4111 1111 1
 TAKEN = {"to": "xxx@xxxxxxx.xxx", "calls": ["999 9999999"], "card": "9999 9999 9999 9999", "why": "tea\nat five"}
 BOMB = "Take a bomb bomb today."
 
-HEAD = """
-name: test
-on_guard_error: block
-otherwise: allow
-controversial: safe
-debounce: 1
-retention: full
-message: {default: Not here., de: Nicht hier.}
-"""
-RULES = """
-rules:
-  - {name: personal, severity: unsafe, categories: [PII], action: redact}
-  - {name: stop, severity: unsafe, action: block}
-"""
-
-
-class Personal(FakeStreamGuard):
-    """Calls words with a digit or an @ personal."""
-
-    def call(self, word: str) -> tuple[Severity, str | None]:
-        if any(sign.isdigit() or sign == "@" for sign in word):
-            return Severity.UNSAFE, "PII"
-        return super().call(word)
+HEAD = TWO_TOKENS.replace("debounce: 2", "debounce: 1")
 
 
 def events_of(body: str) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -12,16 +11,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gateway.test_answers import POLICY, PROMPT, allowed, cut
 from serving import Record, make_policy
 from tidegate.errors import StoreError, UpstreamError
 from tidegate.gateway.channels import Judging
 from tidegate.gateway.responses_answers import NO_USAGE, ResponseStream, judge_response
-from tidegate.moderate import StreamModerator
 from tidegate.testing import FakeStreamGuard, message_item, response, response_events
 from tidegate.types import Action, Channel, Conversation, Role, Scope, ToolCall, Turn
 
-POLICY = make_policy()
-PROMPT = Conversation.of("Say something")
 HARM = "bomb bomb"
 
 WORDS = st.sampled_from(["a", "bomb", "bomb,", "fine", "knife", "é", "日本", "👩‍👩‍👧", "e\u0301", "\n", "  "])
@@ -140,12 +137,6 @@ def wire(events: list[dict[str, Any]]) -> bytes:
     return b"".join(b"event: x\ndata: " + json.dumps(event).encode() + b"\n\n" for event in events)
 
 
-def cut(data: Any, places: list[float]) -> list[Any]:
-    """The same in pieces, cut at these fractions of its length."""
-    at = sorted({0, len(data), *(int(place * len(data)) for place in places)})
-    return [data[start:end] for start, end in itertools.pairwise(at)]
-
-
 def words(text: str) -> list[str]:
     """A text in pieces of three characters."""
     return [text[start : start + 3] for start in range(0, len(text), 3)]
@@ -158,20 +149,6 @@ async def through(one: ResponseStream, reads: list[bytes]) -> bytes:
 
 async def client_of(events: list[dict[str, Any]], **options: Any) -> Client:
     return Client(await through(stream(**options), [wire(events)]))
-
-
-async def allowed(text: str) -> tuple[str, Action]:
-    """What may leave of a text that a guard judges alone, and how it ends."""
-    moderator = StreamModerator(FakeStreamGuard(), POLICY)
-    if not text:
-        return "", Action.ALLOW
-    step = await moderator.feed(text)
-    released = step.released
-    if step.decision is None:
-        step = await moderator.finish()
-        released += step.released
-    assert step.decision is not None
-    return released, step.decision.action
 
 
 def strings(value: Any) -> Iterator[str]:

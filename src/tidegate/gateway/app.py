@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -162,47 +162,20 @@ def create_app(
         )
     if keep is not None:
         keep = _Throttling(keep, gate.limits, telemetry)
+    judging = _Judging(guard=guarded, policy=policy, keep=keep, telemetry=telemetry, guard_timeout_s=patience_s)
     behind = Behind(
-        guard=guarded,
-        policy=policy,
-        keep=keep,
+        **judging,
         upstream=upstream,
-        telemetry=telemetry,
         longest_body=longest_body,
-        guard_timeout_s=patience_s,
         client_timeout_s=client_timeout_s,
         trusted=frozenset(trusted_fields),
         judge_system=judge_system,
         continues=continues,
         admit=gate.limits.admit_subject,
     )
-    moderations = Moderations(
-        guard=guarded,
-        policy=policy,
-        keep=keep,
-        telemetry=telemetry,
-        longest_body=longest_body,
-        guard_timeout_s=patience_s,
-    )
-    judging = GuardDoor(
-        guard=guarded,
-        policy=policy,
-        keep=keep,
-        telemetry=telemetry,
-        longest_body=longest_body,
-        guard_timeout_s=patience_s,
-        admit=gate.limits.admit_subject,
-    )
-    live_streams = Live(
-        guard=guarded,
-        policy=policy,
-        keep=keep,
-        telemetry=telemetry,
-        limits=live,
-        guard_timeout_s=patience_s,
-        client_timeout_s=client_timeout_s,
-        admit=gate.limits.admit_subject,
-    )
+    moderations = Moderations(**judging, longest_body=longest_body)
+    guard_door = GuardDoor(**judging, longest_body=longest_body, admit=gate.limits.admit_subject)
+    live_streams = Live(**judging, limits=live, client_timeout_s=client_timeout_s, admit=gate.limits.admit_subject)
     models = Models(upstream, guard.name, policy, behind.trusted, telemetry)
     running: set[asyncio.Task[Any]] = set()
     checkup = _Health(guard, health, health_timeout_s, policy)
@@ -240,7 +213,7 @@ def create_app(
             Route(BATCHES, tell_batches, methods=["GET", "POST", "DELETE"]),
             Route("/v1/responses/{rest:path}", refuse_stored, methods=["GET", "POST", "DELETE"]),
             Route("/v1/moderations", moderations.create, methods=["POST"]),
-            Route("/v1/guard", judging.judge, methods=["POST"]),
+            Route("/v1/guard", guard_door.judge, methods=["POST"]),
             WebSocketRoute("/v1/live", live_streams.connect),
             Route("/v1/models", models.list, methods=["GET"]),
             Route("/v1/models/{name:path}", models.one, methods=["GET"]),
@@ -264,6 +237,16 @@ def create_app(
     if tracing is not None:
         app.add_middleware(tracing.around)
     return app
+
+
+class _Judging(TypedDict):
+    """What every door judges with."""
+
+    guard: StreamGuard
+    policy: PolicySource
+    keep: Keep | None
+    telemetry: Telemetry
+    guard_timeout_s: float | None
 
 
 def _require_no_confirmer(policy: PolicySource) -> None:

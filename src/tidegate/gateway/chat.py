@@ -20,6 +20,7 @@ from tidegate.gateway.fields import (
     OPENAI_HEADERS,
     count_of,
     flag_of,
+    messages_of,
     model_of,
     options_of,
     sentences_in,
@@ -37,8 +38,6 @@ from tidegate.types import Channel, Coverage, CoverageState, Role, ToolCall, Tur
 
 __all__ = ["ChatDoor", "ChatRequest", "read_chat"]
 
-
-MOST_MESSAGES: Final = 2048
 
 _CHANNELS: Final = {Role.SYSTEM: Channel.SYSTEM, Role.USER: Channel.USER, Role.TOOL: Channel.TOOL_RESULT}
 _ROLES: Final = {
@@ -194,7 +193,7 @@ def read_chat(body: dict[str, Any], *, judge_system: bool = False) -> ChatReques
     Raises:
         Problem: 400, with the place of what is wrong.
     """
-    messages = _messages(body)
+    messages = messages_of(body)
     model = model_of(body)
     choices = count_of(body, "n")
     stream = flag_of(body, "stream")
@@ -217,19 +216,6 @@ def read_chat(body: dict[str, Any], *, judge_system: bool = False) -> ChatReques
         choices=choices,
         wants_usage=bool(options.get("include_usage")),
     )
-
-
-def _messages(body: Mapping[str, Any]) -> list[Any]:
-    messages = body.get("messages")
-    if "messages" not in body:
-        refuse("'messages' is missing: expected an array of messages", "missing_required_parameter", param="messages")
-    if not isinstance(messages, list):
-        refuse(f"expected an array of messages, got {kind_of(messages)}", "invalid_type", param="messages")
-    if not messages:
-        refuse("expected at least one message, got an empty array", "empty_array", param="messages")
-    if len(messages) > MOST_MESSAGES:
-        refuse(f"expected at most {MOST_MESSAGES:,} messages, got {len(messages):,}", "too_many", param="messages")
-    return messages
 
 
 def _beside(body: Mapping[str, Any]) -> Iterator[Beside]:

@@ -18,6 +18,7 @@ __all__ = [
     "OPENAI_HEADERS",
     "count_of",
     "flag_of",
+    "messages_of",
     "model_of",
     "options_of",
     "sentences_in",
@@ -29,6 +30,7 @@ __all__ = [
 OPENAI_HEADERS: Final = ("authorization", "openai-organization", "openai-project")
 """A client's headers that an upstream with OpenAI's API understands."""
 
+MOST_MESSAGES: Final = 2048
 _IDENTITY: Final = re.compile(r"[\w.:/@+-]{1,128}", re.ASCII)
 _NO_NAME: Final = "?"
 """Stands for a field whose name could be a sentence."""
@@ -43,6 +45,20 @@ def model_of(body: Mapping[str, Any]) -> str:
     if not isinstance(model, str) or not model:
         refuse("expected the name of a model, as a string", "missing_required_parameter", param="model")
     return model
+
+
+def messages_of(body: Mapping[str, Any]) -> list[Any]:
+    """The messages of a conversation, at least one, whatever each of them is. Raises Problem."""
+    messages = body.get("messages")
+    if "messages" not in body:
+        refuse("'messages' is missing: expected an array of messages", "missing_required_parameter", param="messages")
+    if not isinstance(messages, list):
+        refuse(f"expected an array of messages, got {kind_of(messages)}", "invalid_type", param="messages")
+    if not messages:
+        refuse("expected at least one message, got an empty array", "empty_array", param="messages")
+    if len(messages) > MOST_MESSAGES:
+        refuse(f"expected at most {MOST_MESSAGES:,} messages, got {len(messages):,}", "too_many", param="messages")
+    return messages
 
 
 def count_of(body: Mapping[str, Any], name: str) -> int:

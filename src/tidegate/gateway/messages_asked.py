@@ -14,14 +14,13 @@ from itertools import groupby
 from typing import Any, Final
 
 from tidegate.gateway.asked import Asked, Beside, Said, prompt_of
-from tidegate.gateway.fields import flag_of, model_of, strings_in, unseen_in
+from tidegate.gateway.fields import flag_of, messages_of, model_of, strings_in, unseen_in
 from tidegate.gateway.schemas import is_name, kind_of, refuse, weight_of
 from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.types import Channel, Coverage, CoverageState, Role, ToolCall, Turn
 
 __all__ = ["CALLS", "DATA", "PLAIN", "SERVER_TOOLS", "MessagesRequest", "is_data", "is_plain", "read_messages"]
 
-MOST_MESSAGES: Final = 2048
 MOST_TURNS: Final = 8192
 
 _ROLES: Final = {"user": Role.USER, "assistant": Role.ASSISTANT, "system": Role.SYSTEM}
@@ -133,15 +132,7 @@ def read_messages(body: dict[str, Any], *, judge_system: bool = False) -> Messag
     Raises:
         Problem: 400, with the place of what is wrong.
     """
-    messages = body.get("messages")
-    if "messages" not in body:
-        refuse("'messages' is missing: expected an array of messages", "missing_required_parameter", param="messages")
-    if not isinstance(messages, list):
-        refuse(f"expected an array of messages, got {kind_of(messages)}", "invalid_type", param="messages")
-    if not messages:
-        refuse("expected at least one message, got an empty array", "empty_array", param="messages")
-    if len(messages) > MOST_MESSAGES:
-        refuse(f"expected at most {MOST_MESSAGES:,} messages, got {len(messages):,}", "too_many", param="messages")
+    messages = messages_of(body)
     model, stream = model_of(body), flag_of(body, "stream")
     tools = frozenset(_tool_names(body))
     said = list(_said(body, messages, tools))

@@ -67,7 +67,7 @@ class Telemetry:
         )
         self.degraded = Counter(
             "tidegate_degraded",
-            "Texts and streams that the fallback judged, by why the guard could not.",
+            "Texts and streams that the edge guard judged in the guard's place, by why that could not.",
             ("kind",),
             registry=self.registry,
         )

@@ -94,7 +94,7 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True)
 class Confirm:
-    """Whether a stronger guard is asked before an alarm of a stream stops anything.
+    """Whether a second guard is asked before an alarm of a stream stops anything.
 
     Attributes:
         enabled: whether it is.

@@ -136,7 +136,7 @@ class Policy:
             place of a whole answer.
         hold: when text of a stream leaves.
         rollback: how an answer is rolled back, where the intervention says so.
-        confirm: whether alarms of streams are confirmed by a stronger guard.
+        confirm: whether alarms of streams are confirmed by a second guard.
         layers: what is different for a region, a tenant, or a route. A policy that `at` gave has none.
         version: the first 12 hexadecimal digits of the SHA-256 of the canonical form, layers included.
 

@@ -78,7 +78,7 @@ def test_what_is_no_yaml_is_told_by_its_place_and_not_quoted(tmp_path: Path) -> 
     path.write_text("kind: edge\n{canary: [7\n", encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    assert str(caught.value).startswith(f"{path}:2:1: this is not YAML")
+    assert str(caught.value).startswith(f"{path}:3:1: this is not YAML")
     assert "canary" not in str(caught.value)
 
 

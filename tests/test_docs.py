@@ -198,6 +198,16 @@ def test_every_key_of_a_guards_file_is_documented_with_its_default(kind: str, co
             assert documented[name] == f"{field.default:g}", name
 
 
+def test_every_metric_is_documented() -> None:
+    pages = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("operations", "tenants"))
+    made = r"(?:Counter|Gauge|Histogram)\(\s*\"(tidegate_\w+)\""
+    names = {
+        name for path in (ROOT / "src").rglob("*.py") for name in re.findall(made, path.read_text(encoding="utf-8"))
+    }
+    assert len(names) > 25
+    assert {name for name in names if f"`{name}" not in pages} == set()
+
+
 def test_every_preset_is_documented_and_ships() -> None:
     page = (ROOT / "docs" / "policy.md").read_text(encoding="utf-8")
     for preset in PRESETS:

@@ -122,6 +122,16 @@ def test_wrong_paths_and_methods(gateway: Gateway, method: str, path: str, statu
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_client_that_leaves_v1_out_of_its_address_is_told_so(gateway: Gateway) -> None:
+    told = [httpx.post(f"{gateway.url}{path}", json={}).json() for path in ("/chat/completions", "/v1/embeddings")]
+
+    messages = [body["error"]["message"] for body in told]
+    assert messages == [
+        "there is no such path here: those for programs begin with /v1/",
+        "there is no such path here",
+    ]
+
+
 def test_models_are_the_upstreams(gateway: Gateway, upstream: FakeUpstream) -> None:
     """Proxied, with the client's key; errors are passed on."""
     upstream.reply = Reply.json({"object": "list", "data": [{"id": "m", "object": "model"}]})

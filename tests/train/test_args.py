@@ -73,8 +73,17 @@ def test_a_file_that_is_no_recipe_is_a_recipe_error(tmp_path: Path, text: str) -
         load_recipe(path)
 
 
+def test_what_is_no_yaml_is_told_by_its_place_and_not_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("kind: edge\n{canary: [7\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}:3:1: this is not YAML")
+    assert "canary" not in str(caught.value)
+
+
 def test_a_file_that_is_not_there_or_not_text_is_a_recipe_error(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError):
+    with pytest.raises(RecipeError, match=r"none\.yaml: cannot read the recipe: No such file"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError):

@@ -34,7 +34,7 @@ from tidegate.gateway.moderations import Moderations
 from tidegate.gateway.openapi import describe
 from tidegate.gateway.refusals import error_body
 from tidegate.gateway.responses import ResponsesDoor, refuse_stored
-from tidegate.gateway.statuses import Problem, problem_of
+from tidegate.gateway.statuses import Problem, no_such_path, problem_of
 from tidegate.gateway.telemetry import CONTENT_TYPE, Telemetry, TimedGuard
 from tidegate.gateway.upstream import Upstream
 from tidegate.guards.base import Guard, StreamGuard
@@ -389,8 +389,9 @@ async def _tell_error(request: Request, error: Exception) -> Response:
 
 async def _tell_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    messages = {404: "there is no such path here", 405: "this path does not take this method"}
-    message = messages.get(error.status_code, error.detail)
+    if error.status_code == 404:
+        return _told(request, no_such_path(request.url.path))
+    message = "this path does not take this method" if error.status_code == 405 else error.detail
     return _told(request, Problem(error.status_code, message, headers=dict(error.headers or {})))
 
 

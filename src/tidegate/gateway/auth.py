@@ -32,7 +32,7 @@ from starlette.types import Scope as AsgiScope
 from tidegate.errors import StoreError
 from tidegate.gateway.limits import Limits
 from tidegate.gateway.refusals import refuse, with_headers
-from tidegate.gateway.statuses import Problem
+from tidegate.gateway.statuses import Problem, no_such_path
 from tidegate.guards.callers import with_adapter
 from tidegate.store.keys import Key, KnownKey, split_token
 
@@ -256,7 +256,7 @@ class Auth:
             message = "expected a key of this gateway, as Authorization: Bearer tdg_..."
             raise Problem(401, message, "invalid_request_error", None, "invalid_api_key", {"www-authenticate": asked})
         if door is None:
-            raise Problem(404, "there is no such path here")
+            raise no_such_path(path)
         if door not in key.doors:
             self._tell("forbidden")
             raise Problem(403, f"this key does not open this door: {door}", "permission_error", None, "door_closed")

@@ -19,7 +19,7 @@ from tidegate.errors import (
 )
 from tidegate.types import GuardFailure
 
-__all__ = ["ANTHROPIC_KINDS", "Problem", "problem_of", "problem_of_failure"]
+__all__ = ["ANTHROPIC_KINDS", "Problem", "no_such_path", "problem_of", "problem_of_failure"]
 
 ANTHROPIC_KINDS: Final = {
     400: "invalid_request_error",
@@ -70,6 +70,12 @@ class Problem(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, dict(self.headers))
+
+
+def no_such_path(path: str) -> Problem:
+    """What a client is told that asks for what is not here; most often it left ``/v1`` out of its base URL."""
+    hint = "" if path.startswith("/v1/") else ": those for programs begin with /v1/"
+    return Problem(404, f"there is no such path here{hint}")
 
 
 _GUARD: Final = {

@@ -153,8 +153,14 @@ def load_recipe(path: Path) -> EdgeRecipe:
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot be read as YAML: {error}", where=str(path)) from error
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe: {error.strerror}", where=str(path)) from error
+    except yaml.MarkedYAMLError as error:  # its own words quote the file
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise RecipeError(f"this is not YAML: {error.problem or error.context}", where=place) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError("this is not YAML in UTF-8", where=str(path)) from error
     try:
         return EdgeRecipe.model_validate(raw)
     except ValidationError as error:

@@ -145,6 +145,6 @@ def test_nothing_is_held_for_longer_than_a_run() -> None:
         assert place + 1 - finder.settled <= LONGEST_RUN + 4
 
 
-@pytest.mark.parametrize("part", ["a", "a.", "a@", "1 ", "http://", ":", "1.2.", "A1 ", "\\"])
+@pytest.mark.parametrize("part", ["a", "a.", "a@", "1 ", "http://", ":", "1.2.", "A1 ", "\\", "DE89-", "1234567T "])
 def test_a_long_hostile_text_takes_no_detour(part: str) -> None:
     assert isinstance(find(part * 100_000), tuple)

@@ -23,8 +23,9 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Final
 
 from stdnum import iban, luhn
@@ -180,8 +181,15 @@ _ID: Final = re.compile(r"(?<![\w-])[0-9A-Za-z](?:[+-]?[0-9A-Za-z]){7,19}(?![\w-
 _KEY: Final = re.compile(r"(?<![\w-])[A-Za-z0-9_-]{24,}(?![\w-])")
 _DIGITS: Final = re.compile(r"(?<!\d)\+?\(?\d(?:[ \t\u00a0\u2009\u202f().\-/]{0,3}\d){6,}")
 _DATE: Final = re.compile(r"(\d{4})([-./])(\d{1,2})\2(\d{1,2})|(\d{1,2})([-./])(\d{1,2})\6(\d{4})")
-_IDS: Final = (dni, nie, codicefiscale, curp, hetu, pps)
-"""National ids with letters in them: those without are long runs of digits."""
+_IDS: Final[Mapping[int, tuple[ModuleType, ...]]] = {
+    8: (pps,),
+    9: (dni, nie, pps),
+    10: (hetu,),
+    11: (hetu,),
+    16: (codicefiscale,),
+    18: (curp,),
+}
+"""National ids with letters in them, by how many letters and digits: those without letters are long runs of digits."""
 _TAKEN: Final = "\ufffc"
 """Stands where something was found already: part of no expression."""
 
@@ -243,11 +251,22 @@ def _url(text: str) -> Taken:
 
 
 def _iban(text: str) -> Taken:
-    """The longest part from the start that is an IBAN."""
-    for end in range(len(text), 14, -1):
-        if text[end - 1].isalnum() and iban.is_valid(text[:end], check_country=False):
-            return "iban", end
-    return None
+    """The longest part from the start that is an IBAN: only where the check number fits is it looked at closely."""
+    head, rest, ends = 0, 0, []
+    for place, sign in enumerate(text):
+        if sign.isalnum():
+            value = int(sign, 36)
+            if place < _IBAN_HEAD:
+                head = head * (100 if value > 9 else 10) + value
+                continue
+            rest = (rest * (100 if value > 9 else 10) + value) % 97
+            if place >= _SHORTEST_IBAN - 1 and (rest * 1_000_000 + head) % 97 == 1:
+                ends.append(place + 1)
+    return next((("iban", end) for end in reversed(ends) if iban.is_valid(text[:end], check_country=False)), None)
+
+
+_IBAN_HEAD: Final = 4
+_SHORTEST_IBAN: Final = 15
 
 
 def _address(text: str) -> Taken:
@@ -268,7 +287,8 @@ def _ipv4(text: str) -> Taken:
 def _id(text: str) -> Taken:
     if text.isalpha() or not any(sign.isalpha() for sign in text):
         return None
-    return ("id", len(text)) if any(module.is_valid(text) for module in _IDS) else None
+    known = _IDS.get(sum(map(str.isalnum, text)), ())
+    return ("id", len(text)) if any(module.is_valid(text) for module in known) else None
 
 
 def _key(text: str) -> Taken:

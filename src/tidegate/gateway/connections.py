@@ -63,6 +63,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bounds: Bounds = getattr(config, "bounds", Bounds())
         self._in_head = True
         self._head_bytes = 0
+        self._declined = False
         self._wrong: Problem | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._request_timer: asyncio.TimerHandle | None = None
@@ -85,9 +86,44 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._in_head:
             self._begin_head()
             self._head_bytes += len(data)
-        super().data_received(data)
+        self._feed(data)
         if self._in_head and self._head_bytes > self._bounds.head_bytes and not self.transport.is_closing():
             self._say(_too_long(self._bounds))
+
+    def _feed(self, data: bytes) -> None:
+        """uvicorn's ``data_received``, but for requests that offer another protocol than we speak, as clients of HTTP/2
+        do with ``Upgrade: h2c``: they are answered as they are. The parser takes no body of these, so that it is given
+        the request again without the offer.
+        """
+        self._unset_keepalive_if_required()
+        rest: bytes | None = data
+        while rest is not None:
+            try:
+                rest = self._fed(rest)
+            except httptools.HttpParserError:
+                self.logger.warning("Invalid HTTP request received.")
+                self.send_400_response("")
+                return
+
+    def _fed(self, data: bytes) -> bytes | None:
+        """Give bytes to the parser; what is still to be given to it, None for nothing."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._declined:
+                rest = self._without_offer() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                return rest
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+        return None
+
+    def _without_offer(self) -> bytes:
+        """The head of the request without its offer of another protocol."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += (b"%b: %b" % header for header in self.headers if header[0] != b"upgrade")
+        return b"\r\n".join((*lines, b"", b""))
 
     def handle_websocket_upgrade(self) -> None:
         self._stop_timers()
@@ -118,9 +154,14 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        super().on_headers_complete()
+        offers = any(name == b"upgrade" for name, _ in self.headers)
+        self._declined = offers and self.parser.should_upgrade() and not self._should_upgrade()
+        if not self._declined:
+            super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self._declined:
+            return
         if self._request_timer is not None:
             self._request_timer.cancel()
             self._request_timer = None

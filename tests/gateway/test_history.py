@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
 import pytest
+from websockets.asyncio.client import connect
+from websockets.typing import Subprotocol
 
 from gateway.messages_wire import message
-from serving import POLICY, Record, make_policy, serving
+from serving import PATIENCE_S, POLICY, Record, make_policy, serving
 from tidegate.gateway.app import create_app
 from tidegate.gateway.asked import Said, earlier_texts, prompt_of
 from tidegate.gateway.entrance import EntranceOptions
 from tidegate.gateway.history import AT_ONCE, judge_earlier
+from tidegate.gateway.live_frames import PROTOCOL
 from tidegate.testing import FakeStreamGuard, FakeUpstream, Reply, completion
 from tidegate.types import Action, Conversation, Role, Scope, ToolCall, Turn, Verdict
 
@@ -198,6 +202,83 @@ def test_the_guards_own_door_judges_earlier_turns_too_and_says_which_one_it_was(
         "{judge: false}": ("allow", 2, "prompt", ["not_judged", "not_judged", "judged"]),
         "{judge: true}": ("warn", 1, "response", ["judged"] * 3),
         "{judge: true, at_most: block}": ("block", 1, "response", ["judged"] * 3),
+    }
+
+
+MADE_UP_TURNS = [{"role": "user", "content": "so"}, {"role": "assistant", "content": "a bomb"}]
+
+
+async def watched(url: str, **opened: Any) -> list[dict[str, Any]]:
+    """The frames that a stream of /v1/live gets which is opened so and whose text is ``bread``."""
+    address = url.replace("http", "ws", 1) + "/v1/live"
+    async with connect(address, subprotocols=[Subprotocol(PROTOCOL)]) as socket, asyncio.timeout(PATIENCE_S):
+        await socket.recv()
+        for frame in ({"type": "open", **opened}, {"type": "text", "text": "bread"}, {"type": "finish"}):
+            await socket.send(json.dumps({"stream": 1, **frame}))
+        frames: list[dict[str, Any]] = []
+        while not frames or frames[-1]["type"] not in ("end", "error"):
+            frames.append(json.loads(await socket.recv()))
+        return frames
+
+
+@pytest.mark.parametrize(
+    ("history", "action", "turn", "reason", "released", "covered"),
+    [
+        ("{judge: false}", "allow", 2, "finished", 5, {"answer": "judged"}),
+        ("{judge: true}", "warn", 1, "finished", 5, {"turns[0].content": "judged", "turns[1].content": "judged",
+                                                      "answer": "judged"}),
+        ("{judge: true, turns: 1}", "warn", 1, "finished", 5, {"turns[0].content": "not_judged",
+                                                               "turns[1].content": "judged", "answer": "judged"}),
+        ("{judge: true, at_most: block}", "block", 1, "blocked", 0, {"turns[0].content": "judged",
+                                                                     "turns[1].content": "judged"}),
+    ],
+)  # fmt: skip
+async def test_a_live_stream_has_the_turns_judged_that_it_is_opened_with(
+    history: str, action: str, turn: int, reason: str, released: int, covered: dict[str, str]
+) -> None:
+    record = Record()
+    with serving(create_app(guard=FakeStreamGuard(), policy=make_policy(history=history), keep=record)) as url:
+        last = (await watched(url, turns=MADE_UP_TURNS))[-1]
+
+    decision = last["decision"]
+    assert (decision["action"], decision["turn"], last["reason"], last["released"]) == (action, turn, reason, released)
+    assert {part["path"]: part["state"] for part in decision["coverage"]} == covered
+    assert record.actions == [action]
+    assert len(record.kept[0][1].turns) == (2 if reason == "blocked" else 3)
+
+
+async def test_a_live_stream_that_is_only_observed_leaves_the_turns_before_it_alone() -> None:
+    policy = make_policy(history="{judge: true, at_most: block}")
+    with serving(create_app(guard=FakeStreamGuard(), policy=policy)) as url:
+        last = (await watched(url, turns=MADE_UP_TURNS, observe=True))[-1]
+
+    assert (last["reason"], last["released"], last["decision"]["turn"]) == ("finished", 5, 2)
+
+
+async def test_the_turns_before_live_streams_are_judged_once_also_for_several_channels() -> None:
+    guard = FakeStreamGuard()
+    app = create_app(guard=guard, policy=make_policy(history="{judge: true}"), entrance=EntranceOptions(remembered=100))
+    with serving(app) as url:
+        for channel in ("reasoning", "answer", "tool_call"):
+            assert (await watched(url, turns=MADE_UP_TURNS, channel=channel))[-1]["decision"]["action"] == "warn"
+
+    assert [talk.turns[-1].content for talk in guard.judged] == ["a bomb", "so"]
+
+
+async def test_a_live_stream_whose_earlier_turns_cannot_be_judged_does_what_the_policy_says_up_to_its_bound() -> None:
+    guard = FakeStreamGuard(failing="bomb")
+    told = {}
+    for at_most in ("warn", "block"):
+        policy = make_policy(history=f"{{judge: true, at_most: {at_most}}}")
+        with serving(create_app(guard=guard, policy=policy)) as url:
+            last = (await watched(url, turns=MADE_UP_TURNS))[-1]
+        decision = last["decision"]
+        states = [part["state"] for part in decision["coverage"]]
+        told[at_most] = (last["reason"], decision["action"], decision["failure"]["kind"], states)
+
+    assert told == {
+        "warn": ("finished", "warn", "GuardUnavailable", ["judged", "not_judged", "judged"]),
+        "block": ("blocked", "block", "GuardUnavailable", ["judged", "not_judged"]),
     }
 
 

@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from tidegate.errors import InputError, StoreError
-from tidegate.gateway.history import judge_earlier
+from tidegate.gateway.history import covered_with, judge_turns, worst_of
 from tidegate.gateway.schemas import decision_field, mended, read_json
 from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem
@@ -34,7 +34,6 @@ from tidegate.types import (
     Action,
     Channel,
     Conversation,
-    CoverageState,
     Decision,
     GuardFailure,
     Role,
@@ -346,34 +345,19 @@ class GuardDoor:
         here = policy.at(scope)
         decision, earlier = await asyncio.gather(
             moderate(conversation, guard=self._guard, policy=policy, scope=scope, timeout_s=self._guard_timeout_s),
-            self._earlier(conversation, here, scope),
+            judge_turns(
+                conversation.turns[:-1], guard=self._guard, policy=here, scope=scope, timeout_s=self._guard_timeout_s
+            ),
         )
-        turn, decision = _with_earlier(len(conversation.turns) - 1, decision, earlier)
+        coverage = covered_with(decision.coverage, earlier)
+        turn, decision = worst_of(len(conversation.turns) - 1, decision, earlier)
+        decision = replace(decision, coverage=coverage)
         identity = await self._keep(decision, conversation, conversation.target.value, here.retention)
         told = reported(decision, here, identity) | {"turn": turn, "masks": list(_masks(decision, conversation))}
         if not tokens:
             return told
         texts = _written(conversation.turns[-1], len(conversation.turns) - 1)
         return told | {"tokens": [await self._tokens(conversation, *text, here, scope) for text in texts]}
-
-    async def _earlier(self, conversation: Conversation, policy: Policy, scope: Scope) -> dict[int, Decision]:
-        """What earlier turns mean now, by their places, where the policy says that they are judged."""
-        if not policy.history.judge:
-            return {}
-        turns = conversation.turns
-        places = [
-            place
-            for place, turn in enumerate(turns[:-1])
-            if turn.role is not Role.SYSTEM and (turn.content or turn.reasoning or turn.tool_calls)
-        ][-policy.history.turns :]
-        decisions = await judge_earlier(
-            [Conversation(turns[: place + 1]) for place in places],
-            guard=self._guard,
-            policy=policy,
-            scope=scope,
-            timeout_s=self._guard_timeout_s,
-        )
-        return dict(zip(places, decisions, strict=True))
 
     async def _tokens(
         self, conversation: Conversation, path: str, channel: Channel, text: str, about: dict[str, str],
@@ -401,23 +385,6 @@ class GuardDoor:
             "tokens": [token_field(token) for step in steps for token in step.tokens],
             "failure": failure_field(moderator.failure),
         }
-
-
-def _with_earlier(last: int, decision: Decision, earlier: Mapping[int, Decision]) -> tuple[int, Decision]:
-    """The decision that counts and the turn that it is about: the last one, unless an earlier one calls for more."""
-    judged = {place for place, one in earlier.items() if one.failure is None}
-    coverage = tuple(
-        replace(part, state=CoverageState.JUDGED) if _place_of(part.path) in judged else part
-        for part in decision.coverage
-    )
-    worst = max(earlier, key=lambda place: earlier[place].action, default=last)
-    if worst != last and earlier[worst].action > decision.action:
-        return worst, replace(earlier[worst], coverage=coverage)
-    return last, replace(decision, coverage=coverage)
-
-
-def _place_of(path: str) -> int:
-    return int(path[len("turns[") : path.index("]")])
 
 
 def _conversations(value: Any, base: Scope, *, tokens: bool) -> list[tuple[Conversation, Scope]]:

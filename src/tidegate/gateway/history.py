@@ -12,16 +12,17 @@ that was too short for is a failure of the guard.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from tidegate.errors import GuardTimeout
 from tidegate.guards.base import Guard
 from tidegate.moderate import moderate
 from tidegate.policy import Policy, decide
-from tidegate.types import Conversation, Decision, GuardFailure, Scope
+from tidegate.types import Conversation, Coverage, CoverageState, Decision, GuardFailure, Role, Scope, Turn
 
-__all__ = ["AT_ONCE", "judge_earlier"]
+__all__ = ["AT_ONCE", "covered_with", "judge_earlier", "judge_turns", "worst_of"]
 
 AT_ONCE: Final = 8
 """So many earlier turns of one request are judged at the same time."""
@@ -60,3 +61,47 @@ async def judge_earlier(
 
     decisions = await asyncio.gather(*map(judge, reversed(conversations)))
     return decisions[::-1]
+
+
+async def judge_turns(
+    turns: Sequence[Turn], *, guard: Guard, policy: Policy, scope: Scope, timeout_s: float | None
+) -> dict[int, Decision]:
+    """What these earlier turns mean now, by their places; nothing where the policy has none judged.
+
+    Args:
+        turns: those before the text that is new, from the first one on.
+        guard: judges.
+        policy: decides; without layers, as `Policy.at` gives it.
+        scope: for whom.
+        timeout_s: as in `judge_earlier`.
+    """
+    if not policy.history.judge:
+        return {}
+    places = [
+        place
+        for place, turn in enumerate(turns)
+        if turn.role is not Role.SYSTEM and (turn.content or turn.reasoning or turn.tool_calls)
+    ][-policy.history.turns :]
+    talks = [Conversation(tuple(turns[: place + 1])) for place in places]
+    decisions = await judge_earlier(talks, guard=guard, policy=policy, scope=scope, timeout_s=timeout_s)
+    return dict(zip(places, decisions, strict=True))
+
+
+def worst_of(last: int, decision: Decision, earlier: Mapping[int, Decision]) -> tuple[int, Decision]:
+    """The decision that counts and the turn that it is about: the last one, unless an earlier one calls for more."""
+    worst = max(earlier, key=lambda place: earlier[place].action, default=last)
+    if worst != last and earlier[worst].action > decision.action:
+        return worst, earlier[worst]
+    return last, decision
+
+
+def covered_with(coverage: Iterable[Coverage], earlier: Mapping[int, Decision]) -> tuple[Coverage, ...]:
+    """The coverage of all turns, by paths as ``turns[3].content``, with the earlier ones that were judged."""
+    judged = {place for place, one in earlier.items() if one.failure is None}
+    return tuple(
+        replace(part, state=CoverageState.JUDGED) if _place_of(part.path) in judged else part for part in coverage
+    )
+
+
+def _place_of(path: str) -> int:
+    return int(path[len("turns[") : path.index("]")])

@@ -23,7 +23,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -34,15 +34,16 @@ from tidegate.errors import InputError, SessionClosed, StoreError
 from tidegate.gateway.channels import BLOCKS
 from tidegate.gateway.draining import told_to_stop
 from tidegate.gateway.guard import Keeping, failure_field, mask_field, reported, token_field
+from tidegate.gateway.history import covered_with, judge_turns, worst_of
 from tidegate.gateway.live_frames import PROTOCOL, Close, Finish, Frame, Ids, Open, Text, Unreadable, read_frame
 from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.guards.base import IdGuard, StreamGuard
 from tidegate.guards.session import assistant_turn
-from tidegate.moderate import Keep, Masked, Step, StreamModerator
+from tidegate.moderate import Keep, Masked, Step, StreamModerator, coverage_of
 from tidegate.policy import PolicySource
-from tidegate.types import Conversation, Scope, TokenVerdict
+from tidegate.types import Conversation, CoverageState, Decision, Scope, TokenVerdict
 
 __all__ = ["Live", "LiveLimits"]
 
@@ -401,6 +402,7 @@ class _Stream:
             timeout_s=door.guard_timeout_s,
             masks=frame.masks,
         )
+        self._earlier: dict[int, Decision] = {}
         self._heard = asyncio.get_running_loop().time()
         self._masks: list[Masked] = []
         self._pieces: list[str | tuple[int, ...]] = []
@@ -522,6 +524,9 @@ class _Stream:
         if self._abandoned:
             return
         try:
+            if await self._stopped_by_earlier():
+                await self._send("end", reason="blocked", decision=await self._decision())
+                return
             await self._connection.send("opened", self._frame.stream)
             while self._ending is None:
                 if await self._step():
@@ -540,6 +545,21 @@ class _Stream:
         except StoreError:
             lost = _Ending("error", "store_error", "the decision could not be kept")
             await self._tell_error(lost, decision=None)
+
+    async def _stopped_by_earlier(self) -> bool:
+        """Judge the turns that the stream is opened with, where the policy says so; whether one of them stops it."""
+        frame = self._frame
+        if frame.context is None or frame.observe or not self._policy.history.judge:
+            return False
+        self._earlier = await judge_turns(
+            frame.context.turns,
+            guard=self._door.guard,
+            policy=self._policy,
+            scope=frame.scope,
+            timeout_s=self._door.guard_timeout_s,
+        )
+        self._heard = asyncio.get_running_loop().time()
+        return any(decision.action >= BLOCKS for decision in self._earlier.values())
 
     async def _step(self) -> bool:
         """Take what has come, or wait for it; whether the stream has ended."""
@@ -650,8 +670,21 @@ class _Stream:
     async def _decision(self) -> dict[str, Any] | None:
         """The decision as it is told, kept; None when nothing was judged."""
         identity = await self._kept()
-        decision = self._moderator.decision
-        return None if decision is None else reported(decision, self._policy, identity)
+        turn, decision = self._decided()
+        return None if decision is None else reported(decision, self._policy, identity) | {"turn": turn}
+
+    def _decided(self) -> tuple[int, Decision | None]:
+        """The decision, and the place of the turn that it is about; that of the text comes after all others."""
+        context, earlier, decision = self._frame.context, self._earlier, self._moderator.decision
+        last = len(context.turns) if context else 0
+        if context is None or not earlier:
+            return last, decision
+        if decision is None:
+            last = max(earlier, key=lambda place: earlier[place].action)
+        place, chosen = worst_of(last, decision or earlier[last], earlier)
+        unjudged = (replace(part, state=CoverageState.NOT_JUDGED) for part in coverage_of(context))
+        of_text = decision.coverage if decision else ()
+        return place, replace(chosen, coverage=(*covered_with(unjudged, earlier), *of_text))
 
     async def _kept(self) -> str | None:
         """Close everything and keep what was decided, once; its id, if any.
@@ -661,13 +694,17 @@ class _Stream:
         """
         moderator, frame = self._moderator, self._frame
         moderator.close()
-        if moderator.decision is None:
+        _, decision = self._decided()
+        if decision is None:
             return None
         if self._keeping is None:
-            turn = assistant_turn(moderator.text, frame.channel, reasoning=frame.reasoning, name=frame.name)
-            whole = frame.context.then(turn) if frame.context else Conversation((turn,))
+            if moderator.decision is None and frame.context is not None:
+                whole = frame.context
+            else:
+                turn = assistant_turn(moderator.text, frame.channel, reasoning=frame.reasoning, name=frame.name)
+                whole = frame.context.then(turn) if frame.context else Conversation((turn,))
             self._keeping = asyncio.ensure_future(
-                self._door.keep(moderator.decision, whole, "response", self._policy.retention)
+                self._door.keep(decision, whole, whole.target.value, self._policy.retention)
             )
         try:
             return await asyncio.shield(self._keeping)

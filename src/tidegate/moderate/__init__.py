@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from tidegate.moderate.checking import check
 from tidegate.moderate.stream import Again, Masked, Retry, Step, StreamModerator, ending_of, moderate_stream
-from tidegate.moderate.whole import Keep, failure_of, moderate, surely
+from tidegate.moderate.whole import Keep, coverage_of, failure_of, moderate, surely
 
 __all__ = [
     "Again",
@@ -45,6 +45,7 @@ __all__ = [
     "Step",
     "StreamModerator",
     "check",
+    "coverage_of",
     "ending_of",
     "failure_of",
     "moderate",

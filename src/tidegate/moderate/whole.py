@@ -30,7 +30,7 @@ from tidegate.types import (
     Verdict,
 )
 
-__all__ = ["Keep", "agreed", "failure_of", "moderate", "surely"]
+__all__ = ["Keep", "agreed", "coverage_of", "failure_of", "moderate", "surely"]
 
 T = TypeVar("T")
 G = TypeVar("G", bound=Guard)
@@ -71,7 +71,7 @@ async def moderate(
     """
     here = policy.at(scope)
     said = await _verdict(conversation, *agreed(guard, here, timeout_s))
-    paths = _paths_of(conversation) if coverage is None else tuple(coverage)
+    paths = coverage_of(conversation) if coverage is None else tuple(coverage)
     if isinstance(said, GuardFailure):
         paths = tuple(_not_judged(path) for path in paths)
     decision = decide(policy, said, scope, paths)
@@ -145,7 +145,8 @@ _CHANNELS: Final = {
 }
 
 
-def _paths_of(conversation: Conversation) -> tuple[Coverage, ...]:
+def coverage_of(conversation: Conversation) -> tuple[Coverage, ...]:
+    """One path for each text of a conversation, given that its last turn is judged and no other."""
     last = len(conversation.turns) - 1
     return tuple(
         Coverage(path, channel, CoverageState.JUDGED if index == last else CoverageState.NOT_JUDGED, len(text))

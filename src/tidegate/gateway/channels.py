@@ -278,8 +278,9 @@ class TextChannel:
         """The text goes on after it was taken to be complete; returns its beginning, to be judged again."""
         self._complete = False
         self._skip = self.moderator.released
-        beginning = self.moderator.text
+        beginning, before = self.moderator.text, self.moderator
         self.moderator = self._open()
+        self.moderator.count_on(before)
         return beginning
 
 

@@ -39,6 +39,8 @@ BATCHES: Final = "/v1/messages/batches{rest:path}"
 NO_USAGE: Final = {"input_tokens": 0, "output_tokens": 0}
 """The usage of an answer that no upstream began."""
 
+_NO_THINKING: Final = {"type": "disabled"}
+
 
 class MessagesDoor:
     """Anthropic's messages."""
@@ -65,20 +67,37 @@ class MessagesDoor:
         return b"".join(map(named_event, events))
 
     def watch(self, asked: MessagesRequest, judging: Judging) -> MessageStream:
-        return MessageStream(replace(judging, retries=False), stops=asked.stops)
+        return MessageStream(judging, stops=asked.stops)
 
     async def judge(self, asked: MessagesRequest, answer: Any, judging: Judging) -> dict[str, Any]:
         judged, _ = await judge_message(answer, judging, stops=asked.stops)
         return judged
 
     def again(self, asked: MessagesRequest, retry: Retry, continues: Continues) -> dict[str, Any] | None:
-        return None
+        """The turns with the answer's beginning behind them, without white space at its end, and the hint where this
+        upstream reads it. An answer that thinks, or that goes on where a turn of the client ends, has none."""
+        messages = asked.body["messages"]
+        if messages[-1].get("role") == "assistant" or asked.body.get("thinking", _NO_THINKING) != _NO_THINKING:
+            return None
+        text = retry.prefix.rstrip()
+        begun = [{"role": "assistant", "content": text}] if text else []
+        if continues == "no" and begun:
+            return {**asked.body, "messages": [*messages, *begun, {"role": "user", "content": retry.hint}]}
+        hinted = _hinted(asked.body.get("system"), retry.hint)
+        return {**asked.body, "system": hinted, "messages": [*messages, *begun]}
 
     def error(self, problem: Problem) -> dict[str, Any]:
         return error_body(problem)
 
     def error_event(self, problem: Problem) -> bytes:
         return named_event(error_body(problem))
+
+
+def _hinted(system: Any, hint: str) -> Any:
+    """The operator's words with a hint behind them."""
+    if isinstance(system, list):
+        return [*system, {"type": "text", "text": hint}]
+    return f"{system}\n\n{hint}" if system else hint
 
 
 def _head(asked: MessagesRequest) -> dict[str, Any]:

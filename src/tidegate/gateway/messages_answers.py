@@ -14,6 +14,8 @@ No sockets here: bytes of the upstream go in, bytes for the client come out, in 
 - On a BLOCK the open block is closed, and the message ends with the stop_reason ``refusal``; where the policy says
   replace, a block with its message comes before that.
 - Masked text leaves in the place of what it covers, in the values of a call's input and of a tool's result too.
+- A text is rolled back while nothing but text has left. What the upstream says then goes on in the block that is open,
+  in the same message: its own beginning does not pass, and its blocks are numbered behind those that left.
 """
 
 from __future__ import annotations
@@ -138,6 +140,11 @@ class _Flow:
         if not self.places or self.places[-1].path != path:
             self.places.append(_Place(path, start, start))
         self.places[-1].end = start + length
+
+    def crop(self, end: int) -> None:
+        """Nothing stands from this character on any more."""
+        self.places[1:] = [place for place in self.places[1:] if place.start < end]
+        self.places[-1].end = min(self.places[-1].end, end)
 
     def where(self, span: Span | None) -> tuple[str, Span | None]:
         """The path that a span lies in, and the same span there; in several blocks, as ``content[0]-content[2].text``,
@@ -307,11 +314,16 @@ class MessageStream:
         self._pings = 0
         self._shown = 0
         self._replaces = False
+        self._resumed = False
+        self._fixed = False
+        self._left: _Block | None = None
+        self._overlap = ""
 
     @property
     def retry(self) -> Retry | None:
-        """Nothing is rolled back here."""
-        return None
+        """From where the upstream is to go on, instead of what it says now; None while it need not."""
+        text = self._flows.get("text")
+        return None if text is None or self._concluded else text.channel.retry
 
     @property
     def due_s(self) -> float | None:
@@ -325,11 +337,51 @@ class MessageStream:
         return await self._advance()
 
     def resume(self) -> None:
-        """Nothing is rolled back here."""
+        """What is fed next is what the upstream says after it was asked to go on."""
+        text = self._flows["text"]
+        for other in self._texts:
+            if other is not text:
+                other.channel.moderator.close()
+        self._reader = EventReader()
+        self.complete = self._stopping = self._begun = False
+        self._resumed = True
+        self._texts, self._flows, self._flowing = [text], {"text": text}, text
+        self._left = next(self._open_blocks(), None)
+        if self._left is not None:
+            self._left.ended = False
+        self._blocks = {}
+        self._count = self._shown
+        self._hidden.clear()
+        self._waiting.clear()
+        text.channel.go_on()
+        text.length = text.channel.moderator.released
+        text.flow.crop(text.length)
+        left = text.channel.text
+        self._overlap = left[len(left.rstrip()) :]
 
     async def give_up(self) -> bytes:
-        """Nothing is rolled back here."""
-        return b""
+        """The upstream cannot go on: the message ends as the policy says then. Raises StoreError."""
+        self._give_up()
+        return await self._advance()
+
+    def _give_up(self) -> None:
+        text = self._flows.get("text")
+        if text is not None and text.channel.moderator.rolled_back:
+            self._waiting.clear()
+            text.channel.give_up()
+            self._blocked = True
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether the text can be written anew: only text has left, and all of it that may leave."""
+        return not self._fixed and not self._flows["text"].channel.ready and len(list(self._open_blocks())) <= 1
+
+    def _open_blocks(self) -> Iterator[_Block]:
+        """The blocks that the client has seen begin, and not end."""
+        blocks = [*self._blocks.values()]
+        if self._left is not None and self._left not in blocks:
+            blocks.append(self._left)
+        return (block for block in blocks if block.begun)
 
     @property
     def held(self) -> int:
@@ -353,7 +405,7 @@ class MessageStream:
         except RecursionError:
             error = UpstreamError("the upstream sent an event that is nested too deep")
         sent = await self._advance()
-        if error is not None and not self.done:
+        if error is not None and not self.done and self.retry is None:
             sent += await self._end(error)
         return sent
 
@@ -364,7 +416,7 @@ class MessageStream:
             StoreError: when a decision could not be kept.
         """
         sent = b"" if self.done or error is not None else await self.feed(b"\n\n")
-        if self.done:
+        if self.done or self.retry is not None:
             return sent
         if error is None and not self._stopping:
             error = UpstreamError("the upstream broke off before its answer was complete")
@@ -424,6 +476,8 @@ class MessageStream:
         if message.get("content"):
             self._parts.drop("content", message["content"], "message.")
         self._usage = usage_of(message, self._parts)
+        if self._resumed:
+            return
         start = {
             **head_of(message, self._known, self._parts),
             "content": [],
@@ -445,6 +499,12 @@ class MessageStream:
         if taken is None:
             self._blocks[index] = _Block(-1, "", "", ended=True)
             return
+        if self._left is not None and taken.kind == "text" and not taken.wholes:
+            self._blocks[index], self._left = self._left, None
+            if taken.flow:
+                self._take_flow(self._blocks[index], "text", "text_delta", taken.flow, {}, {})
+            return
+        self._end_left()
         block = self._blocks[index] = _Block(self._count, taken.kind, taken.name)
         self._count += 1
         self._hidden += taken.hidden
@@ -460,19 +520,28 @@ class MessageStream:
         if taken.flow:
             self._take_flow(block, taken.kind, f"{taken.kind}_delta", taken.flow, {}, {})
 
+    def _end_left(self) -> None:
+        """The block in which the text was rolled back does not go on."""
+        block, self._left = self._left, None
+        if block is not None:
+            stop = {"type": "content_block_stop", "index": block.number}
+            self._blocks[-1] = block  # it is open until that has left
+            self._waiting.append(_Waiting(stop, ends=block))
+
     def _whole(self, whole: Whole, path: str, put: Callable[[Any], None]) -> _Watched:
-        watched = self._open(whole.channel, path, whole.name)
+        watched = self._open(whole.channel, path, whole.name, retries=False)
         watched.put = lambda text: put(whole.masked(text))
         watched.length = len(watched.channel.add(whole.text))
         watched.flow.add(path, 0, watched.length)
         watched.channel.ending = True
         return watched
 
-    def _open(self, channel: Channel, path: str, name: str = "") -> _Watched:
+    def _open(self, channel: Channel, path: str, name: str = "", *, retries: bool = True) -> _Watched:
         """Begin another text."""
+        judging = self._judging if retries else replace(self._judging, retries=False)
         thinking = self._flows.get("thinking")
         thought = "" if channel is Channel.REASONING or thinking is None else thinking.channel.text
-        text = TextChannel(self._judging, (path,), channel, path, reasoning=thought, name=name)
+        text = TextChannel(judging, (path,), channel, path, reasoning=thought, name=name)
         watched = _Watched(text, _Flow(), name)
         self._texts.append(watched)
         return watched
@@ -516,6 +585,8 @@ class MessageStream:
         if not isinstance(text, str):
             raise UpstreamError("the upstream sent a text in a shape that is not known")
         put, begun = of, text
+        if of == "text" and self._overlap:
+            text = self._without_overlap(text)
         if of == "input":
             put = "partial_json"
             text, block.escape = unescaped(block.escape + text)
@@ -526,6 +597,15 @@ class MessageStream:
                 self._waiting.append(_Waiting({**told, "delta": {**plain, put: ""}}))
             return
         self._flow(block, of, text, told, put)
+
+    def _without_overlap(self, text: str) -> str:
+        """The text without white space that has left already: it may not stand at the end of what is to go on."""
+        while text and self._overlap:
+            if text[0] != self._overlap[0]:
+                self._overlap = ""
+                break
+            text, self._overlap = text[1:], self._overlap[1:]
+        return text
 
     def _flow(self, block: _Block, of: str, text: str, told: dict[str, Any], put: str) -> None:
         """Let a piece of text wait for its turn."""
@@ -597,6 +677,8 @@ class MessageStream:
             raise UpstreamError("the upstream sent a message's delta in a shape that is not known")
         used = usage_of(body, self._parts)
         self._usage = {**self._usage, **used}
+        if self._resumed:  # the message began with what the first request used
+            used = {name: value for name, value in self._usage.items() if is_place(value)}
         body.pop("usage", None)
         details, explanation = stop_details_of(delta, self._parts)
         plain: dict[str, Any] = {
@@ -630,6 +712,7 @@ class MessageStream:
         """The message has stopped: all its texts are complete."""
         if not self._stopping:
             self._stopping = True
+            self._end_left()
             if last is None:
                 delta = {"stop_reason": None, "stop_sequence": None}
                 usage = {"output_tokens": self._usage.get("output_tokens") or 0}
@@ -649,6 +732,12 @@ class MessageStream:
             calls = [await work[0].judge()]
         else:
             calls = await asyncio.gather(*(channel.judge() for channel in work))
+        if self.retry is not None and not self._blocked and not self._refuses():
+            self._send_waiting(sent)
+            if self._may_go_on:
+                return b"".join(sent)
+        if self.retry is not None:
+            self._give_up()
         self._blocked = self._blocked or any(calls) or self._refuses()
         if self._stopping and not self._blocked and not self._concluded:
             await self._conclude()
@@ -677,6 +766,8 @@ class MessageStream:
             text = self._ready(one)
             if one.text and not text:
                 return
+            other = one.begins is not None and one.begins.kind != "text"
+            self._fixed = self._fixed or other or one.hides or bool(one.wholes)
             self.released += sum(whole.length for whole in one.wholes)
             for whole in one.wholes:
                 if whole.put is not None and whole.channel.ready != whole.channel.text:
@@ -717,9 +808,8 @@ class MessageStream:
     def _cut(self, sent: list[bytes]) -> None:
         """End the message well, with nothing of what is held."""
         self._waiting.clear()
-        for block in self._blocks.values():
-            if block.begun:
-                sent.append(named_event({"type": "content_block_stop", "index": block.number}))
+        for block in self._open_blocks():
+            sent.append(named_event({"type": "content_block_stop", "index": block.number}))
         if self._replaces:
             sent += map(named_event, self._told())
         usage = {"output_tokens": self._usage.get("output_tokens") or 0}
@@ -772,10 +862,14 @@ class MessageStream:
 
     async def _end(self, error: UpstreamError | None) -> bytes:
         """Judge and let out what is left, then say how it ended."""
+        text = self._flows.get("text")
+        if error is not None and text is not None and text.channel.moderator.rolled_back:
+            self.error = error
+            return await self.give_up()
         for watched in self._texts:
             watched.channel.ending = True
         sent = [await self._advance()]
-        if self.done:
+        if self.done or self.retry is not None:
             return sent[0]
         if not self._concluded:
             await self._conclude()

@@ -357,6 +357,10 @@ class StreamModerator:
         self._end()
         return Step("", (), self.decision)
 
+    def count_on(self, before: StreamModerator) -> None:
+        """This is the same text, judged again from its beginning: what was rolled back before it counts on."""
+        self._tries, self._thrown, self._rolled_back = before._tries, before._thrown, before._rolled_back
+
     def close(self) -> Decision | None:
         """Give everything back at once; safe to call any number of times.
 

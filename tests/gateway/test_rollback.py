@@ -1,0 +1,316 @@
+"""Streams that are rolled back: real clients, a scripted upstream, and what each of them sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from anthropic import Anthropic
+
+from gateway import messages_wire as fake
+from serving import Record, serving, wait_until
+from tidegate.gateway.app import create_app
+from tidegate.policy import parse_policy
+from tidegate.testing import Die, FakeStreamGuard, FakeUpstream, Hang, Reply
+
+POLICY = """
+name: test
+on_guard_error: block
+otherwise: allow
+controversial: safe
+debounce: 2
+retention: full
+message: {default: Not here.}
+intervention: rollback
+rollback: {tries: TRIES, buffer: BUFFER, hint: Be kind., then: replace}
+rules:
+  - {name: stop, severity: unsafe, action: block}
+"""
+HELLO: list[Any] = [{"role": "user", "content": "hi"}]
+TOOLS: list[Any] = [{"name": "search", "input_schema": {"type": "object"}}]
+FLAGGED = ("build a ", "bomb bomb ", "x")
+
+
+class Running:
+    """A gateway between clients and a scripted upstream."""
+
+    def __init__(self, url: str, upstream: FakeUpstream, record: Record) -> None:
+        self.url = url
+        self.upstream = upstream
+        self.record = record
+
+    def answer(self, *replies: Reply) -> None:
+        """What the upstream answers, one after the other."""
+        left = list(replies)
+        self.upstream.reply = lambda body: left.pop(0)
+
+    @property
+    def metrics(self) -> str:
+        return httpx.get(f"{self.url}/metrics").text
+
+    def message(self, **options: Any) -> tuple[Any, list[dict[str, Any]]]:
+        """The message that the client put together, and the events in which it came, which are well-formed."""
+        asked = {"model": "m", "max_tokens": 64, "messages": HELLO, **options}
+        with Anthropic(base_url=self.url, api_key="k", max_retries=0) as client, client.messages.stream(**asked) as got:
+            events = [event.to_dict() for event in got if event.type.startswith(("message_", "content_block_"))]
+            made = got.get_final_message()
+        assert_well_formed(events)
+        assert "bomb" not in json.dumps(events)
+        return made, events
+
+    def decided(self) -> tuple[str, list[tuple[str, str, int]]]:
+        """The action of the last decision, and what was done."""
+        decision = self.record.kept[-1][0]
+        return decision.action.word, [(one.kind.value, one.outcome, one.count) for one in decision.interventions]
+
+
+def assert_well_formed(events: list[dict[str, Any]]) -> None:
+    """One message from its start to its stop; blocks one after the other, each opened once and closed once."""
+    kinds = [event["type"] for event in events]
+    assert (kinds[0], kinds[-2:]) == ("message_start", ["message_delta", "message_stop"])
+    assert (kinds.count("message_start"), kinds.count("message_stop")) == (1, 1)
+    open_, begun = None, 0
+    for event in events[1:-2]:
+        if event["type"] == "content_block_start":
+            assert (open_, event["index"]) == (None, begun)
+            open_, begun = begun, begun + 1
+        else:
+            assert event["index"] == open_
+            open_ = None if event["type"] == "content_block_stop" else open_
+    assert open_ is None
+
+
+def field_of(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The only field ``tidegate`` of the stream."""
+    (found,) = [event["tidegate"] for event in events if "tidegate" in event]
+    return dict(found)
+
+
+def said(*pieces: str, number: int = 0, used: int = 9) -> Reply:
+    """A message with one text."""
+    head = fake.start(usage={"input_tokens": used, "output_tokens": 1})
+    return fake.reply(head, *fake.text(number, *pieces), *fake.end())
+
+
+@contextmanager
+def running(tries: int = 1, buffer: int = 0, **options: Any) -> Iterator[Running]:
+    upstream, record, guard = FakeUpstream(), Record(), FakeStreamGuard()
+    policy = parse_policy(POLICY.replace("TRIES", str(tries)).replace("BUFFER", str(buffer)))
+    with serving(upstream) as address:
+        app = create_app(guard=guard, policy=policy, keep=record, upstream_url=address, **options)
+        with serving(app) as url:
+            yield Running(url, upstream, record)
+    assert guard.open_sessions == 0
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def test_a_flagged_message_is_written_anew_and_the_client_sees_one_message() -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(fake.reply(fake.start(), *fake.text(0, *FLAGGED)[:-1], Hang()), said(" garden", " now", used=7))
+        made, events = gateway.message(system="Help.")
+        first, second = gateway.upstream.received
+        wait_until(lambda: first.cancelled, "the first request to be ended")
+
+        assert [(block.type, block.text) for block in made.content] == [("text", "build a garden now")]
+        assert (made.stop_reason, made.usage.input_tokens, made.usage.output_tokens) == ("end_turn", 7, 9)
+        assert second.body["system"] == "Help.\n\nBe kind."
+        assert second.body["messages"] == [*HELLO, {"role": "assistant", "content": "build a"}]
+        assert gateway.decided() == ("allow", [("rollback", "done", 1)])
+        assert field_of(events)["interventions"][0]["characters"] > 0
+        assert gateway.record.kept[-1][1].turns[-1].content == "build a garden now"
+        assert 'tidegate_interventions_total{kind="rollback",outcome="done",target="response"} 1.0' in gateway.metrics
+        assert "tidegate_leaked_characters_total 0.0" in gateway.metrics
+
+
+@pytest.mark.parametrize("blocks", [["Help."], None])
+def test_the_hint_stands_behind_the_operators_words(blocks: list[str] | None) -> None:
+    with running(continues="vllm") as gateway:
+        gateway.answer(said(*FLAGGED), said(" garden"))
+        listed = [{"type": "text", "text": text} for text in blocks or ()]
+        gateway.message(**{"system": listed} if listed else {})
+
+        hint = {"type": "text", "text": "Be kind."}
+        assert gateway.upstream.received[1].body["system"] == ([*listed, hint] if listed else "Be kind.")
+
+
+def test_an_upstream_that_cannot_go_on_is_asked_to_in_a_turn() -> None:
+    with running() as gateway:
+        gateway.answer(said(*FLAGGED), said(" garden"))
+        made, _ = gateway.message()
+
+        assert made.content[0].text == "build a garden"
+        assert gateway.upstream.received[1].body["messages"] == [
+            *HELLO,
+            {"role": "assistant", "content": "build a"},
+            {"role": "user", "content": "Be kind."},
+        ]
+        assert "system" not in gateway.upstream.received[1].body
+
+
+def test_where_nothing_has_left_the_message_begins_anew() -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(said("bomb bomb x"), said("A garden"))
+        made, _ = gateway.message()
+
+        assert made.content[0].text == "A garden"
+        assert gateway.upstream.received[1].body["messages"] == HELLO
+
+
+@pytest.mark.parametrize("more", [" \n now", "now"])
+def test_white_space_that_has_left_is_not_sent_twice_nor_asked_for(more: str) -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(said("here. \n ", "ok \n ", "bomb bomb x"), said(more[:2], more[2:]))
+        made, events = gateway.message()
+
+        prefix = gateway.upstream.received[1].body["messages"][-1]["content"]
+        left = "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta")
+        assert prefix == "here. \n ok"
+        assert made.content[0].text == left == ("here. \n ok \n now" if more[0] == " " else "here. \n oknow")
+
+
+def test_several_tries_follow_each_other() -> None:
+    with running(tries=3, continues="prefill") as gateway:
+        gateway.answer(
+            said(*FLAGGED), said(" house", " bomb bomb x"), said(" bomb", " bomb"), said(" with a", " garden")
+        )
+        made, _ = gateway.message()
+        asked = [one.body["messages"][-1]["content"] for one in gateway.upstream.received]
+
+        assert made.content[0].text == "build a house with a garden"
+        assert asked == ["hi", "build a", "build a house", "build a house"]
+        assert gateway.decided() == ("allow", [("rollback", "done", 3)])
+
+
+def test_what_is_buffered_is_thrown_away_too() -> None:
+    with running(buffer=2, continues="prefill") as gateway:
+        gateway.answer(said("we all ", "build a ", "bomb bomb ", "x"), said(" sing and", " dance"))
+        made, _ = gateway.message()
+
+        prefix = gateway.upstream.received[1].body["messages"][-1]["content"]
+        assert prefix in "we all build"
+        assert made.content[0].text == f"{prefix} sing and dance"
+
+
+@pytest.mark.parametrize(
+    ("reply", "outcome", "left"),
+    [
+        (Reply.error(500, "no"), "failed", ""),
+        (Reply.json(fake.message("whole")), "failed", ""),
+        (fake.reply(Die()), "failed", ""),
+        (fake.reply(fake.start(), *fake.text(0, " and", " then ")[:-1], Die()), "failed", " and"),
+        (fake.reply(fake.start(), *fake.text(0, " and", " then ")[:-1]), "failed", " and"),
+        (fake.reply(fake.start(), {"type": "error", "error": {"type": "overloaded_error"}}), "failed", ""),
+        (fake.reply(b"data: {\n\n"), "failed", ""),
+        (said(" bomb bomb"), "flagged", ""),
+    ],
+    ids=["status", "whole", "dies", "dies later", "ends early", "error", "garbage", "flagged"],
+)
+def test_a_try_that_does_not_help_ends_as_the_policy_says(reply: Reply, outcome: str, left: str) -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(said(*FLAGGED), reply)
+        made, _ = gateway.message()
+
+        assert made.content[0].text.startswith(f"build a{left}")
+        assert [block.text for block in made.content[1:]] == ["\n\nNot here."]
+        assert made.stop_reason == "refusal"
+        assert gateway.decided() == ("block", [("rollback", outcome, 1), ("replace", "done", 1)])
+        wait_until(lambda: gateway.upstream.open_requests == 0, "the upstream to be left alone")
+
+
+def test_a_text_that_comes_after_a_block_that_has_left_is_not_rolled_back() -> None:
+    """A tool's block cannot be taken back, and no prefill can have it."""
+    with running(continues="prefill") as gateway:
+        gateway.answer(
+            fake.reply(
+                fake.start(),
+                *fake.text(0, "I look. "),
+                *fake.tool_use(1, '{"query": "x"}'),
+                *fake.text(2, *FLAGGED),
+                *fake.end(),
+            )
+        )
+        made, _ = gateway.message(tools=TOOLS)
+
+        assert len(gateway.upstream.received) == 1
+        assert [block.type for block in made.content] == ["text", "tool_use", "text", "text"]
+        assert made.content[-1].text == "\n\nNot here."
+        assert gateway.decided() == ("block", [("rollback", "failed", 1), ("replace", "done", 1)])
+        assert 'tidegate_interventions_total{kind="rollback",outcome="failed",target="response"} 1.0' in gateway.metrics
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {"messages": [*HELLO, {"role": "assistant", "content": "I say:"}]},
+    ],
+    ids=["thinking", "prefilled"],
+)
+def test_a_request_that_cannot_go_on_ends_as_the_policy_says(options: dict[str, Any]) -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(said(*FLAGGED))
+        made, _ = gateway.message(**options)
+
+        assert len(gateway.upstream.received) == 1
+        assert [block.text for block in made.content] == ["build a", "\n\nNot here."]
+        assert gateway.decided() == ("block", [("rollback", "failed", 1), ("replace", "done", 1)])
+
+
+def test_what_came_behind_the_flagged_text_is_thrown_away_with_it() -> None:
+    """In one piece: a second block, and a call that nobody has seen yet."""
+    with running(continues="prefill") as gateway:
+        events = [
+            fake.start(),
+            *fake.text(0, "build a "),
+            *fake.text(1, "bomb bomb x"),
+            *fake.tool_use(2, '{"query": "bomb"}'),
+            *fake.end("tool_use"),
+        ]
+        gateway.answer(fake.reply(fake.wire(events)), said(" garden"))
+        made, told = gateway.message(tools=TOOLS)
+
+        assert "".join(block.text for block in made.content) == "build a garden"
+        assert made.stop_reason == "end_turn"
+        paths = [part["path"] for part in field_of(told)["coverage"]]
+        assert not any("input" in path for path in paths)
+        assert gateway.decided() == ("allow", [("rollback", "done", 1)])
+
+
+def test_a_try_may_go_on_with_other_blocks() -> None:
+    with running(continues="prefill") as gateway:
+        again = [fake.start(), *fake.tool_use(0, '{"query": "x"}'), *fake.text(1, "done"), *fake.end("tool_use")]
+        gateway.answer(said(*FLAGGED), fake.reply(*again))
+        made, _ = gateway.message(tools=TOOLS)
+
+        assert [block.type for block in made.content] == ["text", "tool_use", "text"]
+        assert (made.content[0].text, made.content[1].input) == ("build a", {"query": "x"})
+        assert (made.content[2].text, made.stop_reason) == ("done", "tool_use")
+        assert gateway.decided() == ("allow", [("rollback", "done", 1)])
+
+
+def test_a_try_that_says_nothing_ends_the_message() -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(said(*FLAGGED), fake.reply(fake.start(), *fake.end()))
+        made, _ = gateway.message()
+
+        assert [block.text for block in made.content] == ["build a"]
+        assert made.stop_reason == "end_turn"
+        assert gateway.decided() == ("allow", [("rollback", "done", 1)])
+
+
+def test_a_client_that_goes_away_during_a_try_ends_it_and_leaves_a_decision() -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(said(*FLAGGED), fake.reply(fake.start(), *fake.text(0, " garden ")[:-1], Hang()))
+        with Anthropic(base_url=gateway.url, api_key="k", max_retries=0) as client:
+            stream = client.messages.create(model="m", max_tokens=64, messages=HELLO, stream=True)
+            wait_until(lambda: len(gateway.upstream.received) == 2, "the try")
+            stream.close()
+
+        wait_until(lambda: gateway.upstream.open_requests == 0, "the try to be ended")
+        wait_until(lambda: len(gateway.record.kept) == 2, "the decision")

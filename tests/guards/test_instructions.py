@@ -8,7 +8,7 @@ pytest.importorskip("torch")
 
 from gen_folder import ABOUT_PROMPT, ABOUT_RESPONSE, gen_folder
 from tidegate.gateway.telemetry import Telemetry, TimedGuard
-from tidegate.guards.gen import GenGuard
+from tidegate.guards.gen import GenGuard, _Work, _Worker
 from tidegate.guards.resilient import ResilientGuard
 from tidegate.guards.terms import Terms, on_terms
 from tidegate.prompts import OFFICIAL
@@ -52,3 +52,13 @@ async def test_a_gen_guard_is_told_and_the_guard_itself_stays_as_it_was() -> Non
         )
         assert (told.name, on_terms(guard, Terms(deadline_s=1)).name) == (guard.name, guard.name)
         assert (await guard.judge(question)) == before
+
+
+async def test_texts_with_the_instructions_of_one_policy_are_computed_together_and_others_apart() -> None:
+    form = OFFICIAL[Target.PROMPT]
+    joins = _Worker._sharing(_Worker.__new__(_Worker))  # which needs no model
+    india = [_Work(form.instructed("for users in IN"), [1, 2, 3], None) for _ in range(2)]
+
+    assert [joins(work) for work in india] == [True, True]
+    assert not joins(_Work(form.instructed("for users in DE"), [1, 2, 3], None))
+    assert not joins(_Work(form, [1, 2, 3], None))

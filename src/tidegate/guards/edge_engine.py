@@ -1,9 +1,9 @@
 """Runs the edge guard's ONNX file for many sequences at once: what waits together is computed together.
 
 One worker thread runs ONNX Runtime. It takes the oldest waiting work, adds waiting work of similar length, and gives
-the logits back to the event loop that asked. A word of a stream, with which nothing waits that could share its run, is
-computed in the event loop itself, for a share of its time. Each Sequence keeps its own keys and values; nothing of one
-sequence reaches another, and the mathematics of a row does not depend on the other rows.
+the logits back to the event loop that asked. A word of a stream, with which nothing waits that could share its run, can
+be computed in the event loop itself, for a share of its time, which is none now. Each Sequence keeps its own keys and
+values; nothing of one sequence reaches another, and the mathematics of a row does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _CAUSAL: Float = np.triu(np.full((_CHUNK, _CHUNK), _HIDDEN, np.float32), 1)
 """What a position of a run must not see of the run: those behind it."""
 _FEW = 8
 """Most new positions that may be computed in an event loop: that takes less than a millisecond."""
-_SHARE = 0.25
-"""The part of its time that an event loop may compute: a loop that has more to compute than that does better when a
-thread takes what comes together in one run."""
+_SHARE = 0.0
+"""The part of its time that an event loop may compute. None: with a quarter, words came no sooner for certain, and the
+slowest of them later (docs/decisions/0020-words-in-the-loop.md)."""
 _MOST_AT_ONCE_S = 0.002
 """Seconds after which it lets the thread compute when it was idle before."""
 

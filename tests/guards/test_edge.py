@@ -20,12 +20,11 @@ from hypothesis import strategies as st
 
 from edge_folder import LINES, tiny_edge_folder
 from streams import assert_same, cut, streamed, values
-from tidegate.engine.worker import Allowance
 from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, InputError, SessionClosed, UnreadableVerdict
 from tidegate.guards import StreamGuard, edge, list_guards, load_guard
 from tidegate.guards.edge import EdgeGuard
 from tidegate.guards.edge_config import Row, Thresholds
-from tidegate.guards.edge_engine import Engine, Logits, _Work
+from tidegate.guards.edge_engine import Engine, Logits
 from tidegate.guards.edge_engine import Sequence as CachedSequence
 from tidegate.model.tokens import CONTROL_TOKENS, IncrementalTokens
 from tidegate.types import (
@@ -146,55 +145,6 @@ async def test_waiting_sessions_share_a_run(guard: EdgeGuard, monkeypatch: pytes
     slow.go.set()
     await asyncio.gather(first, *rest)
     assert slow.sizes == [1, 8]
-
-
-async def test_a_word_of_a_stream_is_computed_by_the_loop_that_asks_and_all_else_by_the_thread(
-    guard: EdgeGuard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[int, bool]] = []
-    run = guard._engine._run
-
-    def watched(batch: list[_Work]) -> object:
-        seen.append((sum(work.new for work in batch), threading.current_thread() is guard._engine._thread))
-        return run(batch)
-
-    monkeypatch.setattr(guard._engine, "_run", watched)
-    monkeypatch.setattr(guard._engine, "_allowance", Allowance(1.0, 60.0))
-    session = guard.open(PROMPT)
-    await session.feed("it is warm ")
-    first = len(seen)
-    assert all(thread for _, thread in seen)
-    await session.feed("in the sun ")
-    await session.feed("and then it rains on all of the people who went out there without a coat ")
-    await session.finish()
-    later = seen[first:]
-    assert len(later) == 3
-    assert [thread for _, thread in later] == [count > 8 for count, _ in later] == [False, True, False]
-    await guard.judge(Conversation.of("a"))
-    assert seen[-1][1]
-
-
-async def test_verdicts_do_not_depend_on_who_computes(guard: EdgeGuard, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = long_text(120, guard)
-    found = []
-    for allowance in (Allowance(1.0, 60.0), None):
-        monkeypatch.setattr(guard._engine, "_allowance", allowance)
-        found.append(await streamed(guard.open(PROMPT), cut(text, range(3, len(text), 5))))
-    assert_same(*found)
-
-
-async def test_a_stream_whose_word_fails_in_the_loop_fails_as_in_the_thread(
-    guard: EdgeGuard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(guard._engine, "_allowance", Allowance(1.0, 60.0))
-    session = guard.open(PROMPT)
-    await session.feed("it is warm ")
-    with monkeypatch.context() as broken:
-        broken.setattr(guard._engine, "_run", lambda batch: 1 / 0)
-        with pytest.raises(GuardError, match="could not compute: ZeroDivisionError"):
-            await session.feed("in the sun ")
-    with pytest.raises(SessionClosed):
-        await session.feed("more")
 
 
 # --- what is judged

@@ -2,9 +2,6 @@
 
 The oldest work that waits comes first, with what can share its run; work that nobody waits for any more is not
 computed. Answers go back to the event loops that asked, with one call for each loop. Nothing here knows a model.
-
-To hand a little work to a thread and its answer back takes longer than the work: where nothing waits and nothing is
-computed, it may be done at once in the event loop, as far as an `Allowance` goes.
 """
 
 from __future__ import annotations
@@ -12,16 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from tidegate.errors import GuardError, GuardOverloaded, SessionClosed
 
-__all__ = ["Allowance", "Padding", "Waiting", "Work", "Worker", "answers_of", "give"]
+__all__ = ["Padding", "Waiting", "Work", "Worker", "answers_of", "give"]
 
 R = TypeVar("R")
 W = TypeVar("W", bound="Work[Any]")
@@ -114,40 +110,6 @@ class Padding:
         self.rows, self.widest, self.useful = self.rows + 1, max(self.widest, length), self.useful + length
 
 
-class Allowance:
-    """A share of the time, of which a little can be saved up: for how long an event loop may do what a thread could.
-
-    Args:
-        share: of the time, from 0 to 1; with 0 there is none.
-        most_s: seconds that can be saved up, greater than 0.
-        clock: seconds, from any beginning.
-    """
-
-    def __init__(self, share: float, most_s: float, *, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._share = share
-        self._most_s = most_s
-        self._clock = clock
-        self._since = clock()
-        self._left_s = most_s if share else 0.0
-
-    @property
-    def left_s(self) -> float:
-        """Seconds that may be spent now, 0 or less when none."""
-        now = self._clock()
-        self._left_s = min(self._most_s, self._left_s + self._share * (now - self._since))
-        self._since = now
-        return self._left_s
-
-    @contextlib.contextmanager
-    def spending(self) -> Iterator[None]:
-        """Count the time of this block as spent."""
-        begun = self._clock()
-        try:
-            yield
-        finally:
-            self._left_s -= self._clock() - begun
-
-
 class Worker(ABC, Generic[W]):
     """A model and the thread that runs it, which begins with the first work. Usable from several event loops at once.
 
@@ -155,17 +117,14 @@ class Worker(ABC, Generic[W]):
         thread: the name of the thread.
         runtime: what computes, for error messages.
         most_waiting: how many pieces of work may wait before more is refused.
-        allowance: how much of their time event loops may compute themselves, see `_at_once`; None for nothing.
     """
 
-    def __init__(self, *, thread: str, runtime: str, most_waiting: int, allowance: Allowance | None = None) -> None:
+    def __init__(self, *, thread: str, runtime: str, most_waiting: int) -> None:
         self._name: Final = thread
         self._runtime: Final = runtime
         self._most_waiting = most_waiting
         self._waiting: deque[W] = deque()
         self._wake = threading.Condition()
-        self._computing = threading.Lock()
-        self._allowance = allowance
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -188,7 +147,7 @@ class Worker(ABC, Generic[W]):
             self._wake.notify()
             thread = self._thread
             if thread is None:
-                self._forget()
+                self._free()
         give([(work, SessionClosed("the guard is closed")) for work in waiting])
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -207,32 +166,6 @@ class Worker(ABC, Generic[W]):
 
     def _begin(self) -> None:
         """Called in the thread before its first run."""
-
-    def _forget(self) -> None:
-        with self._computing:
-            self._free()
-
-    def _at_once(self, work: W) -> bool:
-        """Compute this in the calling thread, an event loop's, where nothing waits or is computed and the allowance is
-        not spent; whether it was done. Only for work that one short run completes.
-
-        Raises:
-            SessionClosed: when the guard is closed.
-        """
-        allowance = self._allowance
-        if allowance is None or self._waiting or not self._computing.acquire(blocking=False):
-            return False
-        try:
-            if self._closed:
-                raise SessionClosed("the guard is closed")
-            if allowance.left_s <= 0:
-                return False
-            with allowance.spending():
-                answers = self._answers([work])
-        finally:
-            self._computing.release()
-        _set(answers)
-        return True
 
     def _put(self, work: W) -> None:
         """Let work wait.
@@ -260,11 +193,9 @@ class Worker(ABC, Generic[W]):
     def _work(self) -> None:
         self._begin()
         while batch := self._next_batch():
-            with self._computing:
-                answers = self._answers(batch)
-            give(answers)
-            del batch, answers
-        self._forget()
+            give(self._answers(batch))
+            del batch
+        self._free()
 
     def _answers(self, batch: list[W]) -> list[tuple[W, Any]]:
         try:

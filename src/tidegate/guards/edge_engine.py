@@ -1,9 +1,8 @@
 """Runs the edge guard's ONNX file for many sequences at once: what waits together is computed together.
 
 One worker thread runs ONNX Runtime. It takes the oldest waiting work, adds waiting work of similar length, and gives
-the logits back to the event loop that asked. A word of a stream, with which nothing waits that could share its run, can
-be computed in the event loop itself, for a share of its time, which is none now. Each Sequence keeps its own keys and
-values; nothing of one sequence reaches another, and the mathematics of a row does not depend on the other rows.
+the logits back to the event loop that asked. Each Sequence keeps its own keys and values; nothing of one sequence
+reaches another, and the mathematics of a row does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tidegate.engine.worker import Allowance, Padding, Work, Worker
+from tidegate.engine.worker import Padding, Work, Worker
 from tidegate.errors import GuardUnavailable, SessionClosed, UnreadableVerdict
 from tidegate.model.onnx_runtime import onnxruntime
 
@@ -39,13 +38,6 @@ _SLACK = 16
 _SMALLEST_CACHE = 32
 _CAUSAL: Float = np.triu(np.full((_CHUNK, _CHUNK), _HIDDEN, np.float32), 1)
 """What a position of a run must not see of the run: those behind it."""
-_FEW = 8
-"""Most new positions that may be computed in an event loop: that takes less than a millisecond."""
-_SHARE = 0.0
-"""The part of its time that an event loop may compute. None: with a quarter, words came no sooner for certain, and the
-slowest of them later (docs/decisions/0020-words-in-the-loop.md)."""
-_MOST_AT_ONCE_S = 0.002
-"""Seconds after which it lets the thread compute when it was idle before."""
 
 
 class Logits(NamedTuple):
@@ -105,12 +97,7 @@ class Engine(Worker[_Work]):
     """
 
     def __init__(self, model: Path, *, threads: int = 1, most_waiting: int = 4096) -> None:
-        super().__init__(
-            thread="tidegate-edge",
-            runtime="ONNX Runtime",
-            most_waiting=most_waiting,
-            allowance=Allowance(_SHARE, _MOST_AT_ONCE_S),
-        )
+        super().__init__(thread="tidegate-edge", runtime="ONNX Runtime", most_waiting=most_waiting)
         session = _load(model, threads)
         self._session: onnxruntime.InferenceSession | None = session
         past = [given for given in session.get_inputs() if given.name.startswith("past.")]
@@ -134,9 +121,7 @@ class Engine(Worker[_Work]):
         if sequence.closed:
             raise SessionClosed("the sequence is closed")
         work = _Work(sequence, ids, last_only)
-        goes_on = bool(sequence.length) and len(ids) <= _FEW
-        if not (goes_on and self._at_once(work)):
-            self._put(work)
+        self._put(work)
         return work.future
 
     def _free(self) -> None:

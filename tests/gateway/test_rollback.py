@@ -10,12 +10,13 @@ from typing import Any
 import httpx
 import pytest
 from anthropic import Anthropic
+from openai import OpenAI
 
 from gateway import messages_wire as fake
 from serving import Record, serving, wait_until
 from tidegate.gateway.app import create_app
 from tidegate.policy import parse_policy
-from tidegate.testing import Die, FakeStreamGuard, FakeUpstream, Hang, Reply
+from tidegate.testing import Die, FakeStreamGuard, FakeUpstream, Hang, Reply, message_item, response, response_events
 
 POLICY = """
 name: test
@@ -62,6 +63,16 @@ class Running:
         assert "bomb" not in json.dumps(events)
         return made, events
 
+    def response(self, **options: Any) -> tuple[Any, list[dict[str, Any]]]:
+        """The response that the client ended with, and the events in which it came, which are well-formed."""
+        asked = {"model": "m", "input": "hi", "store": False, **options}
+        with OpenAI(base_url=f"{self.url}/v1", api_key="k", max_retries=0) as client:
+            made = list(client.responses.create(**asked, stream=True))
+        events = [event.to_dict() for event in made]
+        assert_response_well_formed(events)
+        assert "bomb" not in json.dumps(events)
+        return made[-1].response, events
+
     def decided(self) -> tuple[str, list[tuple[str, str, int]]]:
         """The action of the last decision, and what was done."""
         decision = self.record.kept[-1][0]
@@ -82,6 +93,55 @@ def assert_well_formed(events: list[dict[str, Any]]) -> None:
             assert event["index"] == open_
             open_ = None if event["type"] == "content_block_stop" else open_
     assert open_ is None
+
+
+def assert_response_well_formed(events: list[dict[str, Any]]) -> None:
+    """One response from its beginning to its end; items and parts are opened once and closed once, and what repeats a
+    text says what its deltas said."""
+    kinds = [event["type"] for event in events]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert (kinds[0], kinds.count("response.created"), kinds.count("response.in_progress")) == (
+        "response.created",
+        1,
+        1,
+    )
+    assert [kind for kind in kinds if kind in ENDS] == kinds[-1:]
+    assert len({event["response"]["id"] for event in events if "response" in event}) == 1
+    texts: dict[tuple[int, int], str] = {}
+    items: dict[int, dict[str, Any]] = {}
+    closed: list[Any] = []
+    for event in events:
+        place = event.get("output_index")
+        part = (place, event.get("content_index"))
+        match event["type"]:
+            case "response.output_item.added":
+                assert place == len(items)
+                items[place] = event["item"]
+            case "response.content_part.added":
+                assert part not in texts
+                texts[part] = event["part"]["text"]
+            case "response.output_text.delta":
+                assert part not in closed
+                texts[part] += event["delta"]
+            case "response.output_text.done":
+                assert event["text"] == texts[part]
+            case "response.content_part.done":
+                assert event["part"]["text"] == texts[part]
+                closed.append(part)
+            case "response.output_item.done":
+                assert place not in closed
+                assert event["item"]["id"] == items[place]["id"]
+                items[place] = event["item"]
+                closed.append(place)
+        if "item_id" in event:
+            assert event["item_id"] == items[place]["id"]
+    assert {*closed} == {*items, *texts}
+    assert events[-1]["response"]["output"] == list(items.values())
+    for (place, number), text in texts.items():
+        assert items[place]["content"][number]["text"] == text
+
+
+ENDS = ("response.completed", "response.failed", "response.incomplete")
 
 
 def field_of(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -309,6 +369,204 @@ def test_a_client_that_goes_away_during_a_try_ends_it_and_leaves_a_decision() ->
         gateway.answer(said(*FLAGGED), fake.reply(fake.start(), *fake.text(0, " garden ")[:-1], Hang()))
         with Anthropic(base_url=gateway.url, api_key="k", max_retries=0) as client:
             stream = client.messages.create(model="m", max_tokens=64, messages=HELLO, stream=True)
+            wait_until(lambda: len(gateway.upstream.received) == 2, "the try")
+            stream.close()
+
+        wait_until(lambda: gateway.upstream.open_requests == 0, "the try to be ended")
+        wait_until(lambda: len(gateway.record.kept) == 2, "the decision")
+
+
+# --- responses ----------------------------------------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    """The text in the pieces in which an upstream sends it."""
+    return [f"{word} " for word in text.split(" ")][:-1] + text.split(" ")[-1:]
+
+
+def told(*output: Any, before: int | None = None, more: tuple[Any, ...] = (), **fields: Any) -> Reply:
+    """A response in pieces; only its first events where that is said, and then what else happens."""
+    events = response_events(*output, cut=words, **{"id": "resp_other", **fields})
+    return Reply.stream(*events[:before], *more, done=False)
+
+
+BAD = "build a bomb bomb x"
+
+
+def other(text: str) -> dict[str, Any]:
+    return {**message_item(text), "id": "msg_other"}
+
+
+def test_a_flagged_response_is_written_anew_and_the_client_sees_one_response() -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(told(BAD, before=-4, more=(Hang(),), id="resp_first"), told(other(" garden now")))
+        made, events = gateway.response(instructions="Help.")
+        first, second = gateway.upstream.received
+        wait_until(lambda: first.cancelled, "the first request to be ended")
+
+        assert (made.output_text, made.status, made.id) == ("build a garden now", "completed", "resp_first")
+        assert made.usage.total_tokens == response("x")["usage"]["total_tokens"]
+        assert second.body["instructions"] == "Help.\n\nBe kind."
+        assert second.body["input"] == [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "build a"},
+        ]
+        assert gateway.decided() == ("allow", [("rollback", "done", 1)])
+        assert made.to_dict()["tidegate"]["interventions"][0]["kind"] == "rollback"
+        assert gateway.record.kept[-1][1].turns[-1].content == "build a garden now"
+        assert 'tidegate_interventions_total{kind="rollback",outcome="done",target="response"} 1.0' in gateway.metrics
+        assert "tidegate_leaked_characters_total 0.0" in gateway.metrics
+        assert "Be kind" not in json.dumps(events)
+
+
+def test_the_clients_own_accumulator_takes_a_response_that_was_rolled_back() -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(told(BAD), told(other(" garden now")))
+        with (
+            OpenAI(base_url=f"{gateway.url}/v1", api_key="k", max_retries=0) as client,
+            client.responses.stream(model="m", input="hi", store=False) as stream,
+        ):
+            snapshots = [event.snapshot for event in stream if event.type == "response.output_text.delta"]
+            made: Any = stream.get_final_response()
+
+        assert snapshots[-1] == made.output_text == "build a garden now"
+
+
+def test_an_incomplete_item_is_what_some_upstreams_go_on_with() -> None:
+    with running(continues="vllm") as gateway:
+        gateway.answer(told(BAD), told(other(" garden")))
+        gateway.response(input=[{"role": "user", "content": "hi"}])
+        body = gateway.upstream.received[1].body
+
+        assert body["instructions"] == "Be kind."
+        assert body["input"][0] == {"role": "user", "content": "hi"}
+        assert (body["input"][1]["role"], body["input"][1]["status"]) == ("assistant", "incomplete")
+        assert body["input"][1]["content"] == [{"type": "output_text", "text": "build a", "annotations": []}]
+
+
+def test_an_upstream_that_cannot_go_on_with_a_response_is_asked_to() -> None:
+    with running() as gateway:
+        gateway.answer(told(BAD), told(other(" garden")))
+        made, _ = gateway.response()
+
+        assert made.output_text == "build a garden"
+        assert gateway.upstream.received[1].body["input"][1:] == [
+            {"role": "assistant", "content": "build a"},
+            {"role": "developer", "content": "Be kind."},
+        ]
+        assert "instructions" not in gateway.upstream.received[1].body
+
+
+@pytest.mark.parametrize("begun", [2, 3, 4], ids=["nothing", "an item", "a part"])
+def test_a_response_of_which_no_text_has_left_begins_anew(begun: int) -> None:
+    """Whether its item and its part had begun or not."""
+    bad = response_events("bomb bomb x", cut=words)
+    with running(continues="prefill") as gateway:
+        gateway.answer(Reply.stream(*bad[:begun], bad[-1], done=False), told(other("A garden")))
+        made, _ = gateway.response()
+
+        assert made.output_text == "A garden"
+        assert [one["content"] for one in gateway.upstream.received[1].body["input"]] == ["hi", "Be kind."]
+
+
+def test_several_tries_of_a_response_follow_each_other() -> None:
+    with running(tries=3, continues="prefill") as gateway:
+        gateway.answer(
+            told(BAD), told(other(" house bomb bomb x")), told(other(" bomb bomb")), told(other(" with a garden"))
+        )
+        made, _ = gateway.response()
+        asked = [one.body["input"][-1]["content"] for one in gateway.upstream.received[1:]]
+
+        assert made.output_text == "build a house with a garden"
+        assert asked == ["build a", "build a house", "build a house"]
+        assert gateway.decided() == ("allow", [("rollback", "done", 3)])
+
+
+@pytest.mark.parametrize(
+    ("reply", "outcome", "left"),
+    [
+        (Reply.error(500, "no"), "failed", ""),
+        (Reply.json(response("whole")), "failed", ""),
+        (Reply.stream(Die(), done=False), "failed", ""),
+        (told(other(" and then more"), before=6, more=(Die(),)), "failed", " and"),
+        (told(other(" and then more"), before=6), "failed", " and"),
+        (Reply.stream({"type": "error", "message": "bomb"}, done=False), "failed", ""),
+        (told({"id": "rs_1", "type": "reasoning", "summary": [], "content": []}, other(" more")), "failed", ""),
+        (told(), "failed", ""),
+        (told(other(" bomb bomb")), "flagged", ""),
+    ],
+    ids=["status", "whole", "dies", "dies later", "ends early", "error", "reasoning", "nothing", "flagged"],
+)
+def test_a_try_of_a_response_that_does_not_help_ends_as_the_policy_says(reply: Reply, outcome: str, left: str) -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(told(BAD), reply)
+        made, _ = gateway.response()
+
+        first, message = made.output
+        assert first.content[0].text.startswith(f"build a{left}")
+        assert (message.content[0].text, made.status) == ("Not here.", "incomplete")
+        assert made.incomplete_details.reason == "content_filter"
+        assert gateway.decided() == ("block", [("rollback", outcome, 1), ("replace", "done", 1)])
+        wait_until(lambda: gateway.upstream.open_requests == 0, "the upstream to be left alone")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"store": True},
+        {"extra_body": {"store": None}},
+        {"conversation": "conv_1"},
+        {"input": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I say:"}]},
+    ],
+    ids=["stored", "stored by default", "conversation", "prefilled"],
+)
+def test_a_response_that_cannot_go_on_ends_as_the_policy_says(options: dict[str, Any]) -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(told(BAD))
+        made, _ = gateway.response(**options)
+
+        assert len(gateway.upstream.received) == 1
+        assert [item.content[0].text for item in made.output] == ["build a", "Not here."]
+        assert gateway.decided() == ("block", [("rollback", "failed", 1), ("replace", "done", 1)])
+
+
+def test_a_text_behind_another_item_is_not_rolled_back() -> None:
+    call = {"id": "fc_1", "type": "function_call", "call_id": "c", "name": "search", "arguments": "{}"}
+    with running(continues="prefill") as gateway:
+        gateway.answer(told({**call, "status": "completed"}, BAD))
+        made, _ = gateway.response(tools=[{"type": "function", "name": "search", "parameters": {}, "strict": False}])
+
+        assert len(gateway.upstream.received) == 1
+        assert [item.type for item in made.output] == ["function_call", "message", "message"]
+        assert gateway.decided() == ("block", [("rollback", "failed", 1), ("replace", "done", 1)])
+
+
+def test_a_try_of_a_response_may_go_on_with_other_items() -> None:
+    call = {"id": "fc_1", "type": "function_call", "call_id": "c", "name": "search", "arguments": '{"q": "x"}'}
+    with running(continues="prefill") as gateway:
+        gateway.answer(told(BAD), told(other(" garden"), {**call, "status": "completed"}))
+        made, _ = gateway.response(tools=[{"type": "function", "name": "search", "parameters": {}, "strict": False}])
+
+        assert [item.type for item in made.output] == ["message", "function_call"]
+        assert (made.output_text, made.output[1].arguments) == ("build a garden", '{"q": "x"}')
+
+
+def test_annotations_of_what_follows_count_from_the_beginning_of_the_text() -> None:
+    noted = {"type": "url_citation", "url": "https://a.example", "title": "A", "start_index": 1, "end_index": 7}
+    again = {**other(" garden"), "content": [{"type": "output_text", "text": " garden", "annotations": [noted]}]}
+    with running(continues="prefill") as gateway:
+        gateway.answer(told(BAD), told(again))
+        made, _ = gateway.response()
+        found = made.output[0].content[0].annotations[0]
+
+        assert made.output_text[found.start_index : found.end_index] == "garden"
+
+
+def test_a_client_that_goes_away_during_a_try_of_a_response_ends_it() -> None:
+    with running(continues="prefill") as gateway:
+        gateway.answer(told(BAD), told(other(" garden now"), before=5, more=(Hang(),)))
+        with OpenAI(base_url=f"{gateway.url}/v1", api_key="k", max_retries=0) as client:
+            stream = client.responses.create(model="m", input="hi", store=False, stream=True)
             wait_until(lambda: len(gateway.upstream.received) == 2, "the try")
             stream.close()
 

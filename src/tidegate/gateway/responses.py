@@ -6,7 +6,7 @@ How a request reads is in `tidegate.gateway.responses_asked`, how answers are ju
 
 from __future__ import annotations
 
-from dataclasses import replace
+import uuid
 from typing import Any, ClassVar
 
 from starlette.requests import Request
@@ -62,20 +62,44 @@ class ResponsesDoor:
         return b"".join(numbered(number, content) for number, content in enumerate(events))
 
     def watch(self, asked: Asked, judging: Judging) -> ResponseStream:
-        return ResponseStream(replace(judging, retries=False), asked.body, asked.model)
+        return ResponseStream(judging, asked.body, asked.model)
 
     async def judge(self, asked: Asked, answer: Any, judging: Judging) -> dict[str, Any]:
         judged, _ = await judge_response(answer, judging, asked.body)
         return judged
 
     def again(self, asked: Asked, retry: Retry, continues: Continues) -> dict[str, Any] | None:
-        return None
+        """The input with the answer's beginning behind it, and the hint where this upstream reads it.
+
+        A response that the upstream keeps has none: under the identity that the client has seen, it would keep another.
+        """
+        body, given = asked.body, asked.body.get("input")
+        said = [{"role": "user", "content": given}] if isinstance(given, str) else [*(given or ())]
+        if body.get("store") is not False or body.get("conversation"):
+            return None
+        if said and isinstance(said[-1], dict) and said[-1].get("role") == "assistant":
+            return None
+        begun = [_begun(retry.prefix, continues)] if retry.prefix else []
+        instructions = body.get("instructions") or ""
+        if continues == "no" or not begun or not isinstance(instructions, str):
+            return {**body, "input": [*said, *begun, {"role": "developer", "content": retry.hint}]}
+        hinted = f"{instructions}\n\n{retry.hint}" if instructions else retry.hint
+        return {**body, "instructions": hinted, "input": [*said, *begun]}
 
     def error(self, problem: Problem) -> dict[str, Any]:
         return problem.body
 
     def error_event(self, problem: Problem) -> bytes:
         return error_event(None, problem)
+
+
+def _begun(text: str, continues: Continues) -> dict[str, Any]:
+    """The beginning of an answer as an item of the input; some upstreams go on with one that is incomplete."""
+    if continues != "vllm":
+        return {"role": "assistant", "content": text}
+    content = [{"type": "output_text", "text": text, "annotations": []}]
+    head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "status": "incomplete"}
+    return {**head, "content": content}
 
 
 async def refuse_stored(request: Request) -> Any:

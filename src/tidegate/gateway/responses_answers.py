@@ -16,6 +16,8 @@ What leaves of a stream, and what does not:
 - Events are numbered anew, so that the client's numbers have no gaps.
 - On a BLOCK everything open is closed with what was released, and ``response.incomplete`` with ``content_filter`` is
   the last event; where the policy says replace, a message of the policy comes before that.
+- A text is rolled back while nothing has left but the beginning of one message with one text. What the upstream says
+  then goes on in it: what began already does not begin again, and events that repeat the text repeat all of it.
 - Masked text leaves in the place of what it covers, in the events that repeat it too. No log probabilities leave where
   the policy may mask, whatever else it lets pass: they would spell the text.
 """
@@ -43,7 +45,7 @@ from tidegate.gateway.responses_parts import (
     turn_of,
     value_of,
 )
-from tidegate.gateway.responses_shown import STREAMED, Shown, Streamed, events_of, place_of
+from tidegate.gateway.responses_shown import STREAMED, Shown, Streamed, events_of, go_on, place_of
 from tidegate.gateway.schemas import decision_field, is_name, json_of, mended, undecided_field
 from tidegate.gateway.sse import EventReader, event
 from tidegate.gateway.statuses import Problem
@@ -174,7 +176,8 @@ class _Text:
     @property
     def settled(self) -> bool:
         """Whether it is complete and judged, and all of it was released."""
-        return self.ended and not self.blocked and not self.channel.has_work
+        done = self.ended and not self.channel.has_work
+        return done and not self.blocked and self.channel.retry is None
 
     async def judge(self) -> bool:
         """Judge what is new; returns whether it is blocked."""
@@ -200,6 +203,19 @@ class _Text:
 
     def end(self) -> None:
         self.ended = self.channel.ending = True
+
+    def go_on(self) -> str:
+        """What comes next follows the text that was rolled back; returns what stays."""
+        self.channel.go_on()
+        self.ended = False
+        self._half = self._escape = ""
+        self._pieces = [self.channel.text]
+        return self.channel.text
+
+    def give_up(self) -> None:
+        """The upstream cannot go on."""
+        self.channel.give_up()
+        self.blocked = True
 
 
 @dataclass(slots=True)
@@ -268,6 +284,8 @@ class _Places:
 
 
 _NOWHERE: Final = _Places()
+_ANSWER: Final[tuple[Slot, Channel]] = ((0, "content", 0, "text"), Channel.ANSWER)
+"""The text that can be rolled back: the only one of the only item."""
 
 
 # --- a streaming response -----------------------------------------------------------------------------------------
@@ -311,6 +329,8 @@ class ResponseStream:
         self._blocked = False
         self._unjudged: Decision | None = None
         self._ending = False
+        self._resumed = False
+        self._left: str | None = None
 
     @property
     def held(self) -> int:
@@ -319,8 +339,8 @@ class ResponseStream:
 
     @property
     def retry(self) -> Retry | None:
-        """Nothing is rolled back here."""
-        return None
+        """From where the upstream is to go on, instead of what it says now; None while it need not."""
+        return next((one.channel.retry for one in self._all() if one.channel.retry is not None), None)
 
     @property
     def due_s(self) -> float | None:
@@ -335,11 +355,42 @@ class ResponseStream:
         return await self._advance()
 
     def resume(self) -> None:
-        """Nothing is rolled back here."""
+        """What is fed next is what the upstream says after it was asked to go on."""
+        text = self._texts[_ANSWER][0]
+        for other in self._all():
+            if other is not text:
+                other.channel.moderator.close()
+        self._reader = EventReader()
+        self.complete = self._ending = False
+        self._texts = {_ANSWER: [text]}
+        self._names.clear()
+        self._working.clear()
+        self._waiting.clear()
+        self._resumed = True
+        left = text.go_on()
+        self._left = left if left or self._shown.first() is not None else None
 
     async def give_up(self) -> bytes:
-        """Nothing is rolled back here."""
-        return b""
+        """The upstream cannot go on: the response ends as the policy says then. Raises StoreError."""
+        self._give_up()
+        return await self._advance()
+
+    def _give_up(self) -> None:
+        for one in self._rolled_back():
+            one.give_up()
+            self._waiting.clear()
+            self._working.clear()
+            self._blocked = True
+
+    def _rolled_back(self) -> list[_Text]:
+        return [one for one in self._all() if one.channel.moderator.rolled_back]
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether the text can be written anew: only its beginning has left, and all of it that may leave."""
+        text = self._texts.get(_ANSWER, [None])[0]
+        goes = text is not None and text.channel.retry is not None and not text.channel.ready
+        return goes and self._shown.only_text
 
     async def feed(self, data: bytes) -> bytes:
         """Take what the upstream sent; returns what may go to the client now, b"" when that is nothing.
@@ -352,7 +403,7 @@ class ResponseStream:
         try:
             for content in self._reader.feed(data):
                 told = content.strip() == b"[DONE]"
-                if told or self._ending or self._blocked:
+                if told or self._ending or self._blocked or self.retry is not None:
                     break
                 await self._take(content)
         except UpstreamError as failed:
@@ -360,7 +411,7 @@ class ResponseStream:
         except RecursionError:
             error = UpstreamError("the upstream sent an event that is nested too deep")
         sent = await self._advance()
-        if (told or error is not None) and not self.done:
+        if (told or error is not None) and not self.done and self.retry is None:
             sent += await self._end(error)
         return sent
 
@@ -371,7 +422,7 @@ class ResponseStream:
             StoreError: when the decision could not be kept.
         """
         sent = b"" if self.done or error is not None else await self.feed(b"\n\n")
-        return sent if self.done else sent + await self._end(error)
+        return sent if self.done or self.retry is not None else sent + await self._end(error)
 
     async def close(self) -> None:
         """Nobody listens any more: give everything back, and keep the decision on what was judged so far."""
@@ -399,6 +450,8 @@ class ResponseStream:
         if kind == "error":
             raise UpstreamError("the upstream reported an error in the middle of its answer")
         said.pop("sequence_number", None)
+        if self._resumed and not go_on(kind, said, self._left, self._shown):
+            return
         stem, _, end = kind.rpartition(".")
         if kind in _BEGINNINGS:
             await self._take_response(kind, said)
@@ -584,7 +637,9 @@ class ResponseStream:
         if channel is Channel.TOOL_CALL and place[-1] != "name" and isinstance(place[0], int):
             name = self._names.get(place[0], "")
         path = path_of(("output", *place) if isinstance(place[0], int) else place)
-        opened = _Text(TextChannel(self._judging, place, channel, path, reasoning=thought, name=name))
+        first = place[1:2] == ("content",) and len(place) == len(_ANSWER[0]) and not self._texts.get((place, channel))
+        judging = self._judging if first else replace(self._judging, retries=False)
+        opened = _Text(TextChannel(judging, place, channel, path, reasoning=thought, name=name))
         self._texts.setdefault((place, channel), []).append(opened)
         return opened
 
@@ -618,16 +673,16 @@ class ResponseStream:
     async def _advance(self) -> bytes:
         """Judge all that is new; returns what may go out."""
         await self._judge()
+        sent: list[bytes] = []
+        if self.retry is not None and not self._blocked:
+            self._send_waiting(sent)
+            if self._may_go_on:
+                return b"".join(sent)
+        if self.retry is not None:
+            self._give_up()
         if self._ending or self._blocked:
             await self._conclude()
-        sent = []
-        while self._waiting:
-            said, complete = self._waiting[0].ready()
-            if said is not None:
-                sent.append(self._send(said))
-            if not complete:
-                break
-            self._waiting.popleft()
+        self._send_waiting(sent)
         if self._blocked:
             sent += map(self._send, self._shown.closing())
             if any(ending_of(one) is InterventionKind.REPLACE for one in self.decisions):
@@ -637,6 +692,15 @@ class ResponseStream:
         elif self._ending:
             self.done = self.complete = True
         return b"".join(sent)
+
+    def _send_waiting(self, sent: list[bytes]) -> None:
+        while self._waiting:
+            said, complete = self._waiting[0].ready()
+            if said is not None:
+                sent.append(self._send(said))
+            if not complete:
+                return
+            self._waiting.popleft()
 
     # out
 
@@ -693,16 +757,20 @@ class ResponseStream:
 
     async def _end(self, error: UpstreamError | None) -> bytes:
         """Judge and let out what is left, then say what went wrong."""
+        error = error or UpstreamError("the upstream broke off before its answer was complete")
+        if self._rolled_back():
+            self.error = error
+            return await self.give_up()
         for text in self._all():
             if not text.ended:
                 text.end()
                 self._note_work(text)
         sent = await self._advance()
-        if self.done:
+        if self.done or self.retry is not None:
             return sent
         await self._conclude()
         self.done = True
-        self.error = error or UpstreamError("the upstream broke off before its answer was complete")
+        self.error = error
         problem = Problem(502, str(self.error), "upstream_error", None, "upstream_error")
         return sent + error_event(self._number, problem)
 

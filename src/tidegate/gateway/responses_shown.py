@@ -1,4 +1,4 @@
-"""What a client of a streaming response has seen so far, and how it is closed in the middle.
+"""What a client of a streaming response has seen so far, and how it is closed in the middle, or goes on.
 
 A response that is cut off still has to end as its protocol says: every open part and item is closed with as much of its
 text as went out, and the last event repeats all of them.
@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+from tidegate.errors import UpstreamError
 from tidegate.gateway.deltas import Slot
 from tidegate.types import Channel
 
-__all__ = ["STREAMED", "Shown", "Streamed", "events_of", "place_of"]
+__all__ = ["STREAMED", "Shown", "Streamed", "events_of", "go_on", "place_of"]
 
 
 class Streamed(NamedTuple):
@@ -181,6 +182,27 @@ class Shown:
             yield {"type": "response.output_item.done", "output_index": number, "item": item.shown}
 
     @property
+    def only_text(self) -> bool:
+        """Whether all that was shown is the beginning of one message with one text, or less: the text could go on."""
+        if set(self._items) - {0}:
+            return False
+        first = self._items.get(0)
+        if first is None:
+            return True
+        part = first.parts.get(("content", 0))
+        plain = part is None or (part.shown.get("type") == "output_text" and not part.shown.get("annotations"))
+        alone = set(first.parts) <= {("content", 0)}
+        return first.open and first.shown.get("type") == "message" and alone and plain
+
+    def first(self, *, part: bool = False) -> dict[str, Any] | None:
+        """The first item as it was last shown, or its first part; None when none was."""
+        item = self._items.get(0)
+        if item is None or not part:
+            return item.shown if item else None
+        known = item.parts.get(("content", 0))
+        return known.shown if known else None
+
+    @property
     def next_place(self) -> int:
         """The place in the output behind all items."""
         return max(self._items, default=-1) + 1
@@ -227,3 +249,90 @@ def _shown(item: _Item) -> dict[str, Any]:
             commands = shown.setdefault("action", {}).setdefault("commands", [])
             commands.append("".join(pieces))
     return shown
+
+
+# --- a text that goes on after it was rolled back -----------------------------------------------------------------
+
+
+_ENDS: Final = ("response.completed", "response.failed", "response.incomplete")
+_KEEPS: Final = ("id", "created_at", "instructions")
+"""What a response says of itself as long as it lasts; what it was asked to go on with is nobody's but ours."""
+
+
+def go_on(kind: str, event: dict[str, Any], left: str | None, shown: Shown) -> bool:
+    """Put an event of a response that goes on with a text together with what was shown; False when it says nothing new.
+
+    Args:
+        kind: its type.
+        event: the rest of it; what is changed is changed in place.
+        left: the text that has left; None when nothing did, and the output begins anew.
+        shown: what the client has seen.
+
+    Raises:
+        UpstreamError: when it goes on with something else.
+    """
+    response = event.get("response")
+    if isinstance(response, dict):
+        if not shown.head:
+            return True
+        event["response"] = response = {**response, **{name: shown.head[name] for name in _KEEPS if name in shown.head}}
+        output = response.get("output")
+        if kind in _ENDS and left is not None:
+            response["output"] = [
+                _item(_first_of(output), left, shown),
+                *(output[1:] if isinstance(output, list) else ()),
+            ]
+        return kind in _ENDS
+    if left is None or event.get("output_index") != 0:
+        return True
+    first = shown.first()
+    if isinstance(event.get("item"), dict):
+        event["item"] = _item(event["item"], left if kind.endswith(".done") else "", shown)
+        return first is None or kind.endswith(".done")
+    if first is not None and "item_id" in event:
+        event["item_id"] = first.get("id")
+    if event.get("content_index") != 0:
+        return True
+    if isinstance(event.get("part"), dict):
+        event["part"] = _part(event["part"], left if kind.endswith(".done") else "")
+        return shown.first(part=True) is None or kind.endswith(".done")
+    if kind == "response.output_text.done" and isinstance(event.get("text"), str):
+        event["text"] = left + event["text"]
+    if isinstance(event.get("annotation"), dict):
+        event["annotation"] = _moved(event["annotation"], len(left))
+    return True
+
+
+def _first_of(output: Any) -> dict[str, Any]:
+    if not isinstance(output, list) or not output or not isinstance(output[0], dict):
+        raise UpstreamError("the upstream was asked to go on, and said nothing")
+    return dict(output[0])
+
+
+def _item(item: Mapping[str, Any], left: str, shown: Shown) -> dict[str, Any]:
+    """The message that goes on."""
+    first, content = shown.first(), item.get("content")
+    if item.get("type") != "message":
+        raise UpstreamError("the upstream was asked to go on with a text, and went on with something else")
+    kept = dict(item) if first is None else {**item, "id": first.get("id")}
+    if left:
+        kept["content"] = [_part(_first_of(content), left), *(content[1:] if isinstance(content, list) else ())]
+    return kept
+
+
+def _part(part: Mapping[str, Any], left: str) -> dict[str, Any]:
+    if part.get("type") != "output_text" or not isinstance(part.get("text"), str):
+        raise UpstreamError("the upstream was asked to go on with a text, and went on with something else")
+    kept = {**part, "text": left + part["text"]}
+    if left:
+        kept |= {name: [] for name in ("logprobs",) if name in part}
+        listed = part.get("annotations")
+        if isinstance(listed, list):
+            kept["annotations"] = [_moved(one, len(left)) if isinstance(one, dict) else one for one in listed]
+    return kept
+
+
+def _moved(annotation: Mapping[str, Any], by: int) -> dict[str, Any]:
+    """An annotation that counts from the beginning of the whole text."""
+    places = {name: annotation.get(name) for name in ("start_index", "end_index")}
+    return {**annotation, **{name: place + by for name, place in places.items() if isinstance(place, int)}}

@@ -34,6 +34,13 @@ def make(**options: Any) -> Any:
 @contextlib.contextmanager
 def bounded(app: Any, bounds: Bounds, **options: Any) -> Iterator[int]:
     """Serve with bounds; gives the port."""
+    with stoppable(app, bounds, **options) as (port, _):
+        yield port
+
+
+@contextlib.contextmanager
+def stoppable(app: Any, bounds: Bounds, **options: Any) -> Iterator[tuple[int, uvicorn.Server]]:
+    """The same, with the server."""
     listener = socket.socket(proto=socket.IPPROTO_TCP)  # else asyncio leaves Nagle on, and each answer waits 40 ms
     listener.bind(("127.0.0.1", 0))
     config = BoundedConfig(app, bounds=bounds, log_level="critical", timeout_graceful_shutdown=1, **options)
@@ -42,7 +49,7 @@ def bounded(app: Any, bounds: Bounds, **options: Any) -> Iterator[int]:
     thread.start()
     try:
         wait_until(lambda: server.started, "the server to start")
-        yield listener.getsockname()[1]
+        yield listener.getsockname()[1], server
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)
@@ -269,6 +276,39 @@ def test_an_offer_in_a_request_for_a_tunnel_is_no_way_in() -> None:
         answer = rest(raw)
 
     assert answer.startswith((b"HTTP/1.1 404 ", b"HTTP/1.1 400 ", b"HTTP/1.1 405 ")), answer
+
+
+async def slow_hello(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"hello", "more_body": True})
+    await send({"type": "http.response.body", "body": b" again"})
+
+
+@pytest.mark.parametrize("before", [b"", b"GET / HTTP/1.1\r\nhost: a\r\n", b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"])
+def test_a_request_that_was_on_its_way_when_the_server_was_told_to_stop_is_answered(
+    before: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a new connection, in the middle of its head, and on a connection that had an answer already."""
+    monkeypatch.setattr("tidegate.gateway.connections._ON_ITS_WAY_S", PATIENCE_S)
+    whole = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
+    with stoppable(slow_hello, Bounds(), lifespan="off") as (port, server), connected(port) as raw:
+        raw.sendall(before)
+        if before == whole:
+            answer = b""
+            while not answer.endswith(b"0\r\n\r\n"):
+                answer += raw.recv(65536)
+        wait_until(lambda: len(server.server_state.connections) == 1, "the connection")
+        server.should_exit = True
+        wait_until(lambda: not server.servers[0].is_serving(), "the server to stop")
+        raw.sendall(whole.removeprefix(before) or whole)
+        assert rest(raw).endswith(b"6\r\n again\r\n0\r\n\r\n")
+
+
+def test_a_connection_that_asks_for_nothing_does_not_keep_a_server_from_stopping() -> None:
+    with stoppable(slow_hello, Bounds(), lifespan="off") as (port, server), connected(port) as raw:
+        wait_until(lambda: len(server.server_state.connections) == 1, "the connection")
+        server.should_exit = True
+        assert rest(raw) == b""
 
 
 # --- TLS ----------------------------------------------------------------------------------------------------------

@@ -585,17 +585,6 @@ async def test_the_message_is_in_the_language_of_the_scope_at_every_door() -> No
     assert told == {"messages": "Take a\n\nNicht hier.", "responses": "Take aNicht hier."}
 
 
-@pytest.mark.parametrize("name", ["messages", "responses"])
-def test_a_door_that_cannot_go_on_ends_a_rollback_as_the_policy_says(name: str) -> None:
-    door = DOORS[name]
-    with running("intervention: rollback\nrollback: {tries: 1, buffer: 0, then: replace}\n") as gateway:
-        events = gateway.stream(door, cut(BOMB, [6, 12]))
-
-        assert len(gateway.upstream.received) == 1
-    assert door.reads_stream(events).endswith("Not here.")
-    assert door.ended(events) == FILTERED[name]
-
-
 @each_door
 @pytest.mark.parametrize("strong", [True, False])
 def test_an_alarm_is_confirmed_before_it_stops_a_stream(name: str, strong: bool) -> None:

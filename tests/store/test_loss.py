@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from kept import TALK, Place, decision, url_of
 from postgres import PATIENCE_S, Cluster, cluster
-from tidegate.errors import StoreError
+from tidegate.errors import InputError, StoreError
 from tidegate.store import Store, open_store, patience
 from tidegate.store.database import DatabaseDown
 from tidegate.types import Action, Conversation, Scope
@@ -418,7 +418,7 @@ def test_a_password_is_in_no_error(tmp_path: Path) -> None:
 
 def test_without_its_driver_postgresql_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(StoreError, match=r"pip install 'tidegate\[postgres\]'"):
+    with pytest.raises(InputError, match=r"database_url: .*pip install 'tidegate\[postgres\]'"):
         open_store(f"postgresql://ann@/x?host={tmp_path}", spool=tmp_path / "spool")
 
 

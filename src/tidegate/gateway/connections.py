@@ -24,6 +24,8 @@ from tidegate.gateway.statuses import Problem
 
 __all__ = ["BoundedConfig", "BoundedProtocol", "Bounds"]
 
+_ON_ITS_WAY_S: Final = 0.5
+"""How long a connection with nothing to answer stays open when the server is told to stop."""
 _SPARE_S: Final = 2.0
 """How much later than its time a request that is still on its way is cut off: the answer that says so comes before."""
 
@@ -64,6 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = 0
         self._declined = False
+        self._stopping = False
         self._wrong: Problem | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._request_timer: asyncio.TimerHandle | None = None
@@ -125,9 +128,29 @@ class BoundedProtocol(HttpToolsProtocol):
         lines += (b"%b: %b" % header for header in self.headers if header[0] != b"upgrade")
         return b"\r\n".join((*lines, b"", b""))
 
+    def shutdown(self) -> None:
+        """Called by uvicorn when it is told to stop. Nothing more is taken than a request that is on its way by now:
+        whoever sent it to a server that was open would see its connection break.
+        """
+        self._stopping = True
+        if self._is_asked():
+            super().shutdown()
+        else:
+            self.loop.call_later(_ON_ITS_WAY_S, self._close_if_idle)
+
+    def _is_asked(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _close_if_idle(self) -> None:
+        if not self._is_asked() and not self._head_bytes and not self.transport.is_closing():
+            self.transport.close()
+
     def handle_websocket_upgrade(self) -> None:
         self._stop_timers()
         super().handle_websocket_upgrade()
+        upgraded: Any = self.transport.get_protocol()
+        if self._stopping and upgraded is not self:
+            upgraded.shutdown()
 
     # what the parser says
 
@@ -158,6 +181,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._declined = offers and self.parser.should_upgrade() and not self._should_upgrade()
         if not self._declined:
             super().on_headers_complete()
+            if self._stopping and self.cycle is not None:
+                self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         if self._declined:

@@ -186,6 +186,7 @@ class Behind:
         upstream: the LLM; None when there is none, which is an error for every request.
         telemetry: counts.
         longest_body: the most bytes of a request.
+        longest_answer: the most characters of a streaming answer; its text is held in memory for its decision.
         guard_timeout_s: seconds that the guard may take for each step; None for as long as it wants.
         client_timeout_s: seconds that the client may take nothing of what is sent; None for as long as it wants.
         trusted: names of upstream fields that the operator says carry no text of the model.
@@ -201,6 +202,7 @@ class Behind:
     upstream: Upstream | None
     telemetry: Telemetry
     longest_body: int
+    longest_answer: int
     guard_timeout_s: float | None
     client_timeout_s: float | None
     trusted: frozenset[str] = frozenset()
@@ -559,7 +561,7 @@ class _Exchange(Generic[A]):
         tried = False
         while True:
             try:
-                async for data in _watched(stream, answer):
+                async for data in _watched(stream, answer, self._behind.longest_answer):
                     yield data
             except UpstreamError as error:
                 if not tried or stream.done:
@@ -622,11 +624,11 @@ def _stopped() -> Problem:
     return Problem(503, "this gateway is being stopped: ask again", "server_error", None, "stopping", _SOON)
 
 
-async def _watched(stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes]:
+async def _watched(stream: Watch, answer: UpstreamAnswer, longest: int) -> AsyncIterator[bytes]:
     """What goes to the client of one answer of the upstream, up to its end or to where another is needed.
 
     Raises:
-        UpstreamError: when it breaks off.
+        UpstreamError: when it breaks off, or its text has more characters than ``longest``.
     """
     pieces = answer.pieces()
     coming: asyncio.Future[bytes] | None = None
@@ -646,6 +648,8 @@ async def _watched(stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes
                 yield await stream.end()
                 return
             yield await stream.feed(data)
+            if not stream.done and stream.released + stream.held > longest:
+                raise UpstreamError(f"the upstream's answer is longer than {longest:,} characters")
     finally:
         if coming is not None:
             coming.cancel()

@@ -97,13 +97,13 @@ def test_an_upstream_that_never_begins_is_a_504(door: Spoken, stream: bool) -> N
 def test_a_streaming_answer_that_is_longer_than_it_may_be_ends_with_an_error(door: Spoken) -> None:
     """Its text is held in memory for the decision, which says how far it was judged."""
     upstream = FakeUpstream(door.reply(["word and "] * 300, Hang(), stream=True, end=False))
-    with staged(upstream, longest_answer=1000) as stage:
+    with staged(upstream, longest_stream=6000) as stage:
         body = stage.post(door, "hi", stream=True).content
         wait_until(lambda: stage.upstream.open_requests == 0, "the upstream's request to end")
 
     assert failed(body)
     assert len(stage.record.kept) == 2
-    assert 1000 <= sum(part.characters for part in stage.record.kept[1][0].coverage) <= 2700
+    assert 0 < sum(part.characters for part in stage.record.kept[1][0].coverage) <= 2700
 
 
 @every_door

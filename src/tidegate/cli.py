@@ -788,6 +788,7 @@ def _application(
         upstream_url=settings.upstream_url,
         upstream_key=key,
         longest_body=settings.max_body_bytes,
+        longest_stream=settings.max_stream_bytes,
         guard_timeout_s=settings.guard_timeout,
         client_timeout_s=settings.client_timeout,
         connect_timeout_s=settings.upstream_connect_timeout,

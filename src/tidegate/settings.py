@@ -144,6 +144,8 @@ class Settings(BaseModel):
     """How old kept decisions may become, in days; None for any age."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 2 * 1024 * 1024
     """Longest request body that is read, in bytes."""
+    max_stream_bytes: Annotated[int, Field(ge=1024, le=1 << 40)] = 128 * 1024 * 1024
+    """Longest streaming answer of the upstream, in bytes, because its text is held for its decision."""
     guard_timeout: Seconds = 30.0
     """Longest time that a guard may take for one judgement, in seconds."""
     judge_system: bool = False

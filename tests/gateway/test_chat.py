@@ -870,6 +870,7 @@ async def test_a_blocked_prompt_is_kept_when_the_client_hangs_up_at_that_moment(
         upstream=Stubborn("http://127.0.0.1:9"),
         telemetry=Telemetry(),
         longest_body=1000,
+        longest_stream=10_000,
         guard_timeout_s=None,
         client_timeout_s=None,
     )

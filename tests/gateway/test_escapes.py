@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
+from websockets.asyncio.client import connect
+from websockets.typing import Subprotocol
 
 from gateway.messages_wire import message
-from serving import Record, make_policy, serving
+from serving import PATIENCE_S, Record, make_policy, serving
 from tidegate.gateway.app import create_app
+from tidegate.gateway.live_frames import PROTOCOL
 from tidegate.testing import FakeStreamGuard, FakeUpstream, Reply, chunk, completion
 from tidegate.types import Channel
 
@@ -201,3 +205,90 @@ def test_what_goes_on_to_the_upstream_is_what_the_client_sent(upstream: FakeUpst
         client.post("/v1/chat/completions", content=data)
 
     assert upstream.received[0].data == data
+
+
+# --- the doors of those who hold the text themselves --------------------------------------------------------------
+
+WRITTEN = r'{"what": "\u0061 \u0062omb bom\u0062 \ud83c\udf5e and more"}'
+MASKING = """
+name: masks
+on_guard_error: block
+otherwise: allow
+debounce: 1
+rules:
+  - {name: personal, severity: unsafe, categories: [PII], action: redact}
+"""
+READ = json.dumps({"what": "a bomb bomb 🍞 and more"}, ensure_ascii=False)
+
+
+async def live_frames(url: str, pieces: Sequence[str], **opened: Any) -> list[dict[str, Any]]:
+    """All frames of a stream for the arguments of a call."""
+    address = url.replace("http", "ws", 1) + "/v1/live"
+    async with connect(address, subprotocols=[Subprotocol(PROTOCOL)]) as socket, asyncio.timeout(PATIENCE_S):
+        await socket.recv()
+        frames = [{"type": "text", "text": piece} for piece in pieces]
+        for frame in ({"type": "open", "channel": "tool_call", **opened}, *frames, {"type": "finish"}):
+            await socket.send(json.dumps({"stream": 1, **frame}))
+        told: list[dict[str, Any]] = []
+        while not told or told[-1]["type"] not in ("end", "error"):
+            told.append(json.loads(await socket.recv()))
+        return told
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1_000])
+async def test_a_live_call_hides_nothing_however_it_is_cut_and_places_are_those_of_the_text_given(size: int) -> None:
+    record = Record()
+    with serving(create_app(guard=FakeStreamGuard(), policy=make_policy(), keep=record)) as url:
+        stopped = (await live_frames(url, cut(WRITTEN, size)))[-1]
+        watched = await live_frames(url, cut(WRITTEN, size), observe=True)
+
+    bomb = WRITTEN.index(r" \u0062omb")
+    assert (stopped["reason"], stopped["released"]) == ("blocked", bomb)
+    assert stopped["decision"]["span"] == {"start": bomb, "end": WRITTEN.index(r" \ud83c")}
+    last = watched[-1]
+    assert last["taken"] == last["judged"] == last["released"] == len(WRITTEN)
+    tokens = [token for frame in watched for token in frame.get("tokens", ())]
+    unsafe = [WRITTEN[token["start"] : token["end"]] for token in tokens if token["severity"] == "unsafe"]
+    assert unsafe[:2] == [r" \u0062omb", r" bom\u0062"]
+    assert record.kept[1][1].turns[-1].tool_calls[0].arguments == READ
+
+
+async def test_an_escape_that_is_never_completed_is_released_at_the_end_of_a_live_call() -> None:
+    with serving(create_app(guard=FakeStreamGuard(), policy=make_policy())) as url:
+        frames = await live_frames(url, ["bread \\ud83c", "\\u00"])
+
+    assert [frame["released"] for frame in frames[1:-1]][-1] <= len("bread ")
+    assert frames[-1]["released"] == frames[-1]["judged"] == len("bread \\ud83c\\u00")
+
+
+@pytest.mark.parametrize("size", [1, 7, 1_000])
+async def test_masks_of_a_live_call_are_as_long_as_the_escapes_that_they_cover(size: int) -> None:
+    text = r'{"to": "\u0062ob\u0040example.org", "n": 1}'
+    policy = make_policy(MASKING)
+    guard = FakeStreamGuard(unsafe={"bob@example.org": "PII"})
+    with serving(create_app(guard=guard, policy=policy)) as url:
+        frames = await live_frames(url, cut(text, size), masks=True)
+
+    masked = text
+    for mask in [mask for frame in frames for mask in frame.get("masks", ())]:
+        assert len(mask["text"]) == mask["end"] - mask["start"]
+        masked = masked[: mask["start"]] + mask["text"] + masked[mask["end"] :]
+    assert frames[-1]["released"] == len(text)
+    assert json.loads(masked) == {"to": "xxx@xxxxxxx.xxx", "n": 1}
+
+
+def test_the_guards_own_door_reads_calls_and_results_as_a_program_will() -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": WRITTEN}]}
+    found = {"role": "tool", "content": WRITTEN}
+    guard = FakeStreamGuard()
+    with serving(create_app(guard=guard, policy=make_policy())) as url:
+        answers = [
+            httpx.post(f"{url}/v1/guard", json={"turns": turns, "tokens": turns[-1] is call}).json()
+            for turns in ([call], [found], [call, {"role": "user", "content": "so"}])
+        ]
+
+    assert [answer["action"] for answer in answers] == ["block", "block", "allow"]
+    tokens = answers[0]["tokens"][0]["tokens"]
+    unsafe = [WRITTEN[token["start"] : token["end"]] for token in tokens if token["severity"] == "unsafe"]
+    assert unsafe[:2] == [r" \u0062omb", r" bom\u0062"]
+    assert guard.judged[-1].turns[0].tool_calls[0].arguments == READ

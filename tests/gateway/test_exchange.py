@@ -115,6 +115,7 @@ def app_with(door: LineDoor, upstream: Upstream | None, record: Record) -> Starl
         upstream=upstream,
         telemetry=Telemetry(),
         longest_body=1000,
+        longest_stream=10_000,
         guard_timeout_s=None,
         client_timeout_s=None,
     )

@@ -94,6 +94,19 @@ def test_an_upstream_that_never_begins_is_a_504(door: Spoken, stream: bool) -> N
 
 
 @every_door
+def test_a_streaming_answer_that_is_longer_than_it_may_be_ends_with_an_error(door: Spoken) -> None:
+    """Its text is held in memory for the decision, which says how far it was judged."""
+    upstream = FakeUpstream(door.reply(["word and "] * 300, Hang(), stream=True, end=False))
+    with staged(upstream, longest_stream=6000) as stage:
+        body = stage.post(door, "hi", stream=True).content
+        wait_until(lambda: stage.upstream.open_requests == 0, "the upstream's request to end")
+
+    assert failed(body)
+    assert len(stage.record.kept) == 2
+    assert 0 < sum(part.characters for part in stage.record.kept[1][0].coverage) <= 2700
+
+
+@every_door
 @pytest.mark.parametrize("act", [Hang(), Die(), b"data: {broken\n\n", b"data: \xff\xfe\n\n"], ids=str)
 @pytest.mark.parametrize("tail", [[], [" bomb bomb"]], ids=["safe", "unsafe"])
 def test_a_stream_that_hangs_dies_or_is_garbage_ends_with_an_error_and_nothing_unjudged(

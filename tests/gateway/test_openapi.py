@@ -28,6 +28,7 @@ from serving import Gateway, make_policy
 from tidegate import __version__
 from tidegate.gateway.app import create_app
 from tidegate.gateway.openapi import description
+from tidegate.gateway.scopes import _LONGEST_TAG, _TAG
 from tidegate.testing import (
     Die,
     FakeStreamGuard,
@@ -148,6 +149,14 @@ def test_every_operation_has_a_name_of_its_own_and_says_what_it_does() -> None:
 
     assert len({one["operationId"] for one in described}) == len(described)
     assert all(one["summary"] and one["tags"] for one in described)
+
+
+def test_every_door_that_decides_for_a_language_says_how_it_is_told() -> None:
+    told = {path for path, one in DESCRIPTION["paths"].items() if "language" in str(one.get("parameters"))}
+
+    assert told == {name.split()[1] for name, body in {**OURS, **TO_UPSTREAM}.items() if body is not None}
+    (schema,) = [one["schema"] for one in DESCRIPTION["components"]["parameters"].values() if one["in"] == "header"]
+    assert (schema["pattern"], schema["maxLength"]) == (f"^{_TAG.pattern}$", _LONGEST_TAG)
 
 
 # --- the gateway against it ---------------------------------------------------------------------------------------

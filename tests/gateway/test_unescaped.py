@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.test_answers import CUTS, cut
 from tidegate.gateway.schemas import mended
-from tidegate.gateway.unescaped import unescaped
+from tidegate.gateway.unescaped import Undoing, unescaped, wholly_unescaped
 
 VALUES: Any = st.recursive(
     st.text() | st.integers() | st.booleans(),
@@ -67,3 +67,42 @@ def test_a_long_hostile_text_takes_no_detour(part: str) -> None:
     said, rest = unescaped(part * 200_000)
 
     assert said + rest == {"\\u0062": "b"}.get(part, part) * 200_000
+
+
+# --- where it was in the text given -------------------------------------------------------------------------------
+
+
+def undone(pieces: list[str]) -> tuple[str, Undoing]:
+    undoing = Undoing()
+    return "".join([*map(undoing.feed, pieces), undoing.finish()]), undoing
+
+
+@given(text=st.text(alphabet='\\u0062dD8cCe"nq', max_size=60), cuts=CUTS)
+def test_pieces_of_any_text_come_out_as_the_whole(text: str, cuts: list[float]) -> None:
+    said, undoing = undone(cut(text, cuts))
+
+    assert said == wholly_unescaped(text) == Undoing(text, whole=True).text
+    assert undoing.given(len(said)) == len(text)
+
+
+@given(value=VALUES, cuts=CUTS)
+def test_each_character_is_where_it_was_written(value: Any, cuts: list[float]) -> None:
+    text = mended(json.dumps(value))
+    said, undoing = undone(cut(text, cuts))
+
+    for place, letter in enumerate(said):
+        written = text[undoing.given(place) : undoing.given(place + 1)]
+        assert letter == written or letter == mended(json.loads(f'"{written}"'))
+
+
+@given(value=st.text(st.characters(exclude_categories=["Cc"], exclude_characters='"\\')), cuts=CUTS)
+def test_a_mask_is_as_long_as_what_it_covers_and_it_stays_json(value: str, cuts: list[float]) -> None:
+    text = json.dumps(value)
+    said, undoing = undone(cut(text, cuts))
+    start, end = 1, len(said) - 1
+    mask = "".join("x" if letter.isalnum() else letter for letter in said[start:end])
+
+    masked = text[0] + undoing.written(start, mask) + text[-1]
+
+    assert len(masked) == len(text)
+    assert set(json.loads(masked)) <= {"x", *mended(value)}

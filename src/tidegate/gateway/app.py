@@ -64,6 +64,7 @@ DOORS: Final[tuple[Door[Any], ...]] = (
 """The protocols that clients can speak to an upstream."""
 
 DEFAULT_LONGEST_BODY: Final = 8 * 1024 * 1024
+DEFAULT_LONGEST_STREAM: Final = 128 * 1024 * 1024
 _LAST_WORDS_S: Final = 5.0
 """Seconds that exchanges may take to end when the server has waited as long as it would."""
 
@@ -89,6 +90,7 @@ def create_app(
     upstream_url: str | None = None,
     upstream_key: str | None = None,
     longest_body: int = DEFAULT_LONGEST_BODY,
+    longest_stream: int = DEFAULT_LONGEST_STREAM,
     guard_timeout_s: float | None = 10.0,
     client_timeout_s: float | None = 60.0,
     connect_timeout_s: float = 10.0,
@@ -120,6 +122,7 @@ def create_app(
         upstream_url: the LLM, as ``http://127.0.0.1:8000/v1``; None for a gateway that only moderates.
         upstream_key: sent to the upstream as bearer token; None sends the Authorization of each client on.
         longest_body: the most bytes of a request.
+        longest_stream: the most bytes of a streaming answer of the upstream; a longer one ends with an error.
         guard_timeout_s: seconds that the guard may take for a text or a piece of one; None for as long as it wants.
         client_timeout_s: seconds that a client may take nothing of a streaming answer before it is given up as if it
             had hung up; None for as long as it wants.
@@ -167,6 +170,7 @@ def create_app(
         **judging,
         upstream=upstream,
         longest_body=longest_body,
+        longest_stream=longest_stream,
         client_timeout_s=client_timeout_s,
         trusted=frozenset(trusted_fields),
         judge_system=judge_system,

@@ -186,6 +186,7 @@ class Behind:
         upstream: the LLM; None when there is none, which is an error for every request.
         telemetry: counts.
         longest_body: the most bytes of a request.
+        longest_stream: the most bytes of a streaming answer, as the upstream sends it.
         guard_timeout_s: seconds that the guard may take for each step; None for as long as it wants.
         client_timeout_s: seconds that the client may take nothing of what is sent; None for as long as it wants.
         trusted: names of upstream fields that the operator says carry no text of the model.
@@ -201,6 +202,7 @@ class Behind:
     upstream: Upstream | None
     telemetry: Telemetry
     longest_body: int
+    longest_stream: int
     guard_timeout_s: float | None
     client_timeout_s: float | None
     trusted: frozenset[str] = frozenset()
@@ -559,7 +561,7 @@ class _Exchange(Generic[A]):
         tried = False
         while True:
             try:
-                async for data in _watched(stream, answer):
+                async for data in _watched(stream, answer, self._behind.longest_stream):
                     yield data
             except UpstreamError as error:
                 if not tried or stream.done:
@@ -622,13 +624,14 @@ def _stopped() -> Problem:
     return Problem(503, "this gateway is being stopped: ask again", "server_error", None, "stopping", _SOON)
 
 
-async def _watched(stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes]:
+async def _watched(stream: Watch, answer: UpstreamAnswer, longest: int) -> AsyncIterator[bytes]:
     """What goes to the client of one answer of the upstream, up to its end or to where another is needed.
 
     Raises:
-        UpstreamError: when it breaks off.
+        UpstreamError: when it breaks off, or sends more bytes than ``longest``.
     """
     pieces = answer.pieces()
+    size = 0
     coming: asyncio.Future[bytes] | None = None
     try:
         while not stream.done and stream.retry is None:
@@ -646,6 +649,9 @@ async def _watched(stream: Watch, answer: UpstreamAnswer) -> AsyncIterator[bytes
                 yield await stream.end()
                 return
             yield await stream.feed(data)
+            size += len(data)
+            if size > longest and not stream.done:
+                raise UpstreamError(f"the upstream's answer is longer than {longest:,} bytes")
     finally:
         if coming is not None:
             coming.cancel()

@@ -26,6 +26,7 @@ from tidegate.gateway.schemas import decision_field, mended, read_json
 from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.telemetry import Telemetry
+from tidegate.gateway.unescaped import Undoing, wholly_unescaped
 from tidegate.guards.base import StreamGuard
 from tidegate.moderate import Keep, Masked, StreamModerator, moderate, surely
 from tidegate.personal import find
@@ -38,7 +39,6 @@ from tidegate.types import (
     GuardFailure,
     Role,
     Scope,
-    Span,
     Target,
     TokenVerdict,
     ToolCall,
@@ -54,7 +54,9 @@ __all__ = [
     "failure_field",
     "mask_field",
     "reported",
+    "span_field",
     "token_field",
+    "without_escapes",
 ]
 
 MOST_CONVERSATIONS: Final = 256
@@ -189,12 +191,12 @@ def _kind(value: Any) -> str:
 # --- what is told -------------------------------------------------------------------------------------------------
 
 
-def token_field(token: TokenVerdict) -> dict[str, Any]:
-    """What a guard said at one token."""
+def token_field(token: TokenVerdict, places: Undoing) -> dict[str, Any]:
+    """What a guard said at one token, where it is in the text that was given."""
     said = token.probabilities
     return {
-        "start": token.span.start,
-        "end": token.span.end,
+        "start": places.given(token.span.start),
+        "end": places.given(token.span.end),
         "severity": token.severity.word,
         "probabilities": {"safe": said.safe, "controversial": said.controversial, "unsafe": said.unsafe},
         "category": token.category,
@@ -216,18 +218,33 @@ def reported(decision: Decision, policy: Policy, identity: str | None) -> dict[s
         "category_probabilities": dict(verdict.category_probabilities) if verdict else {},
         "refusal": verdict.refusal if verdict else None,
         "reason": mended(verdict.reason) if verdict and verdict.reason is not None else None,
-        "span": _span_field(verdict.span) if verdict else None,
+        "span": span_field(decision, Undoing()),
         "scope": scope,
     }
 
 
-def _span_field(span: Span | None) -> dict[str, int] | None:
-    return None if span is None else {"start": span.start, "end": span.end}
+def span_field(decision: Decision, places: Undoing) -> dict[str, int] | None:
+    """Where in the text that was given it is; None for the whole of it, and when the guard failed."""
+    span = decision.verdict.span if decision.verdict else None
+    return None if span is None else {"start": places.given(span.start), "end": places.given(span.end)}
 
 
-def mask_field(mask: Masked) -> dict[str, Any]:
-    """What stands in the place of personal data."""
-    return {"start": mask.start, "end": mask.start + len(mask.text), "text": mask.text}
+def mask_field(mask: Masked, places: Undoing) -> dict[str, Any]:
+    """What stands in the place of personal data, in the text that was given."""
+    start, end = places.given(mask.start), places.given(mask.start + len(mask.text))
+    return {"start": start, "end": end, "text": places.written(mask.start, mask.text)}
+
+
+def without_escapes(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """Turns as they are judged: the arguments of calls, and what tools found, as a program will read them."""
+    return tuple(
+        replace(
+            turn,
+            content=wholly_unescaped(turn.content) if turn.role is Role.TOOL else turn.content,
+            tool_calls=tuple(replace(call, arguments=wholly_unescaped(call.arguments)) for call in turn.tool_calls),
+        )
+        for turn in turns
+    )
 
 
 def failure_field(failure: GuardFailure | None) -> dict[str, str] | None:
@@ -339,10 +356,9 @@ class GuardDoor:
             for scope in {scope.subject: scope for scope in scopes}.values():
                 await self._admit(scope.tenant, scope.subject)
 
-    async def _result(
-        self, conversation: Conversation, policy: Policy, scope: Scope, *, tokens: bool
-    ) -> dict[str, Any]:
+    async def _result(self, given: Conversation, policy: Policy, scope: Scope, *, tokens: bool) -> dict[str, Any]:
         here = policy.at(scope)
+        conversation = Conversation(without_escapes(given.turns))
         decision, earlier = await asyncio.gather(
             moderate(conversation, guard=self._guard, policy=policy, scope=scope, timeout_s=self._guard_timeout_s),
             judge_turns(
@@ -353,10 +369,12 @@ class GuardDoor:
         turn, decision = worst_of(len(conversation.turns) - 1, decision, earlier)
         decision = replace(decision, coverage=coverage)
         identity = await self._keep(decision, conversation, conversation.target.value, here.retention)
-        told = reported(decision, here, identity) | {"turn": turn, "masks": list(_masks(decision, conversation))}
+        told = reported(decision, here, identity) | {"turn": turn, "masks": list(_masks(decision, given))}
+        if given.turns[turn].role is Role.TOOL:
+            told["span"] = span_field(decision, Undoing(given.turns[turn].content, whole=True))
         if not tokens:
             return told
-        texts = _written(conversation.turns[-1], len(conversation.turns) - 1)
+        texts = _written(given.turns[-1], len(conversation.turns) - 1)
         return told | {"tokens": [await self._tokens(conversation, *text, here, scope) for text in texts]}
 
     async def _tokens(
@@ -364,6 +382,7 @@ class GuardDoor:
         policy: Policy, scope: Scope,
     ) -> dict[str, Any]:  # fmt: skip
         """What the guard says at each token of one text: what it says is told, and nothing is decided by it."""
+        places = Undoing(text, whole=True) if channel is Channel.TOOL_CALL else Undoing()
         before = conversation.turns[:-1]
         moderator = StreamModerator(
             self._guard,
@@ -376,13 +395,13 @@ class GuardDoor:
             name=about.get("name", ""),
         )
         try:
-            steps = (await moderator.feed(text), await moderator.finish())
+            steps = (await moderator.feed(places.text or text), await moderator.finish())
         finally:
             moderator.close()
         return {
             "path": path,
             "channel": channel.value,
-            "tokens": [token_field(token) for step in steps for token in step.tokens],
+            "tokens": [token_field(token, places) for step in steps for token in step.tokens],
             "failure": failure_field(moderator.failure),
         }
 
@@ -426,9 +445,10 @@ def _masks(decision: Decision, conversation: Conversation) -> Iterator[dict[str,
     if decision.action is not Action.REDACT:
         return
     turn, path = conversation.turns[-1], f"turns[{len(conversation.turns) - 1}]"
-    texts = [(f"{path}.content", turn.content), (f"{path}.reasoning", turn.reasoning)]
+    texts = [(f"{path}.content", turn.content, turn.role is Role.TOOL), (f"{path}.reasoning", turn.reasoning, False)]
     for number, call in enumerate(turn.tool_calls):
-        texts.append((f"{path}.tool_calls[{number}].arguments", call.arguments))
-    for where, text in texts:
-        for one in find(text):
-            yield {"path": where, **mask_field(Masked(one.start, one.mask))}
+        texts.append((f"{path}.tool_calls[{number}].arguments", call.arguments, True))
+    for where, text, json in texts:
+        places = Undoing(text, whole=True) if json else Undoing()
+        for one in find(places.text if json else text):
+            yield {"path": where, **mask_field(Masked(one.start, one.mask), places)}

@@ -33,17 +33,18 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from tidegate.errors import InputError, SessionClosed, StoreError
 from tidegate.gateway.channels import BLOCKS
 from tidegate.gateway.draining import told_to_stop
-from tidegate.gateway.guard import Keeping, failure_field, mask_field, reported, token_field
+from tidegate.gateway.guard import Keeping, failure_field, mask_field, reported, span_field, token_field
 from tidegate.gateway.history import covered_with, judge_turns, worst_of
 from tidegate.gateway.live_frames import PROTOCOL, Close, Finish, Frame, Ids, Open, Text, Unreadable, read_frame
 from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem
 from tidegate.gateway.telemetry import Telemetry
+from tidegate.gateway.unescaped import Undoing
 from tidegate.guards.base import IdGuard, StreamGuard
 from tidegate.guards.session import assistant_turn
 from tidegate.moderate import Keep, Masked, Step, StreamModerator, coverage_of
 from tidegate.policy import PolicySource
-from tidegate.types import Conversation, CoverageState, Decision, Scope, TokenVerdict
+from tidegate.types import Channel, Conversation, CoverageState, Decision, Scope, TokenVerdict
 
 __all__ = ["Live", "LiveLimits"]
 
@@ -402,6 +403,7 @@ class _Stream:
             timeout_s=door.guard_timeout_s,
             masks=frame.masks,
         )
+        self._places = Undoing()
         self._earlier: dict[int, Decision] = {}
         self._heard = asyncio.get_running_loop().time()
         self._masks: list[Masked] = []
@@ -571,6 +573,9 @@ class _Stream:
             if await self._told(await self._judged(piece), len(piece)):
                 return True
         if self._complete and not self._pieces:
+            rest = self._places.finish()
+            if rest and await self._told(await self._moderator.feed(rest), 0):
+                return True
             return await self._told(await self._moderator.finish(), 0)
         return False
 
@@ -606,6 +611,10 @@ class _Stream:
 
     async def _judged(self, piece: str | tuple[int, ...]) -> Step:
         if isinstance(piece, str):
+            if self._frame.channel is Channel.TOOL_CALL:
+                piece = self._places.feed(piece)
+                if not piece:  # it is the beginning of an escape
+                    return Step("")
             return await self._moderator.feed(piece)
         return await self._moderator.feed_ids(piece)
 
@@ -630,14 +639,14 @@ class _Stream:
         moderator = self._moderator
         tokens = self._untold
         if self._frame.masks:
-            more["masks"] = [mask_field(mask) for mask in self._masks]
+            more["masks"] = [mask_field(mask, self._places) for mask in self._masks]
         await self._connection.send(
             kind,
             self._frame.stream,
             taken=self._taken,
-            judged=moderator.judged,
-            released=moderator.released,
-            tokens=[token_field(token) for token in tokens],
+            judged=self._places.given(moderator.judged),
+            released=self._places.given(moderator.released),
+            tokens=[token_field(token, self._places) for token in tokens],
             failure=failure_field(moderator.failure),
             **more,
         )
@@ -671,7 +680,12 @@ class _Stream:
         """The decision as it is told, kept; None when nothing was judged."""
         identity = await self._kept()
         turn, decision = self._decided()
-        return None if decision is None else reported(decision, self._policy, identity) | {"turn": turn}
+        if decision is None:
+            return None
+        told = reported(decision, self._policy, identity) | {"turn": turn}
+        if turn == (len(self._frame.context.turns) if self._frame.context else 0):
+            told["span"] = span_field(decision, self._places)
+        return told
 
     def _decided(self) -> tuple[int, Decision | None]:
         """The decision, and the place of the turn that it is about; that of the text comes after all others."""

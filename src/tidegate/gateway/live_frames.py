@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tidegate.errors import InputError
-from tidegate.gateway.guard import Reading
+from tidegate.gateway.guard import Reading, without_escapes
 from tidegate.gateway.schemas import TOO_DEEP, is_too_deep
 from tidegate.types import Channel, Conversation, Scope
 
@@ -191,7 +191,7 @@ def _open(stream: int, fields: dict[str, Any], base: Scope) -> Open:
         turns = Reading.turns(fields.get("turns", []), least=0)
         return Open(
             stream,
-            Conversation(turns) if turns else None,
+            Conversation(without_escapes(turns)) if turns else None,
             Reading.one_of(fields.get("channel", "answer"), _CHANNELS, "channel"),
             Reading.name(fields.get("path", "answer"), "path", least=1),
             Reading.text(fields.get("reasoning", ""), "reasoning"),

@@ -13,6 +13,7 @@ from anthropic import Anthropic
 from openai import OpenAI
 
 from gateway import messages_wire as fake
+from gateway.test_logprobs import lists_in, responded, token
 from serving import Record, serving, wait_until
 from tidegate.gateway.app import create_app
 from tidegate.policy import parse_policy
@@ -430,6 +431,22 @@ def test_the_clients_own_accumulator_takes_a_response_that_was_rolled_back() -> 
             made: Any = stream.get_final_response()
 
         assert snapshots[-1] == made.output_text == "build a garden now"
+
+
+def test_the_tokens_of_what_is_written_anew_follow_those_that_have_left() -> None:
+    """In deltas, and in all events that repeat the text."""
+    with running(continues="prefill") as gateway:
+        replies = [[b"build", b" a", b" bomb", b" bomb", b" x"], [b" garden", b" now"]]
+        gateway.answer(*(Reply.stream(*responded([token(one) for one in spelled]), done=False) for spelled in replies))
+        made, events = gateway.response(include=["message.output_text.logprobs"])
+
+        expected = ["build", " a", " garden", " now"]
+        deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+        assert [one["token"] for listed in deltas for one in listed] == expected
+        assert [[one["token"] for one in listed] for listed in lists_in(events) if listed][len(expected) :] == [
+            expected
+        ] * 4
+        assert [part["state"] for part in made.to_dict()["tidegate"]["coverage"]] == ["judged"]
 
 
 def test_an_incomplete_item_is_what_some_upstreams_go_on_with() -> None:

@@ -17,7 +17,18 @@ from gateway.test_logprobs import lists_in, responded, token
 from serving import Record, serving, wait_until
 from tidegate.gateway.app import create_app
 from tidegate.policy import parse_policy
-from tidegate.testing import Die, FakeStreamGuard, FakeUpstream, Hang, Reply, message_item, response, response_events
+from tidegate.testing import (
+    Die,
+    FakeStreamGuard,
+    FakeUpstream,
+    Hang,
+    Reply,
+    message_item,
+    response,
+    response_events,
+    text_chunks,
+    text_completion,
+)
 
 POLICY = """
 name: test
@@ -166,6 +177,57 @@ def running(tries: int = 1, buffer: int = 0, **options: Any) -> Iterator[Running
         with serving(app) as url:
             yield Running(url, upstream, record)
     assert guard.open_sessions == 0
+
+
+# --- chat and completions -----------------------------------------------------------------------------------------
+
+
+def chatted(*pieces: str) -> list[dict[str, Any]]:
+    """A chat completion in pieces, without its end."""
+    return text_chunks(pieces)[:-1]
+
+
+def completed(*pieces: str) -> list[dict[str, Any]]:
+    """A text completion in pieces, without its end."""
+    return [text_completion(piece, finish_reason="") for piece in pieces]
+
+
+@pytest.mark.parametrize(
+    ("acts", "left"),
+    [
+        ((" and", " then ", Die()), " and"),
+        ((" and", " then "), " and"),
+        ((" and ", {"error": {"message": "bomb", "type": "overloaded"}}), " and"),
+        (({"error": {"message": "bomb", "type": "overloaded"}},), ""),
+        ((b"data: {\n\n",), ""),
+        ((), ""),
+    ],
+    ids=["dies", "ends early", "error", "error at once", "garbage", "nothing"],
+)
+@pytest.mark.parametrize("door", ["chat", "completions"])
+def test_a_try_of_a_choice_that_breaks_off_ends_as_the_policy_says(door: str, acts: tuple[Any, ...], left: str) -> None:
+    pieces = chatted if door == "chat" else completed
+    again = [part for one in acts for part in (pieces(one) if isinstance(one, str) else [one])]
+    asked: dict[str, Any] = {"model": "m", "stream": True}
+    with (
+        running(continues="vllm") as gateway,
+        OpenAI(base_url=f"{gateway.url}/v1", api_key="k", max_retries=0) as client,
+    ):
+        gateway.answer(Reply.stream(*pieces(*FLAGGED)), Reply.stream(*again, done=False))
+        if door == "chat":
+            made: Any = list(client.chat.completions.create(messages=HELLO, **asked))
+            text = "".join(one.choices[0].delta.content or "" for one in made)
+        else:
+            made = list(client.completions.create(prompt="hi", **asked))
+            text = "".join(one.choices[0].text for one in made)
+
+        assert text.startswith(f"build a{left}")
+        assert text.endswith("\n\nNot here.")
+        assert "bomb" not in text
+        assert [one.choices[0].finish_reason for one in made if one.choices[0].finish_reason] == ["content_filter"]
+        assert gateway.decided() == ("block", [("rollback", "failed", 1), ("replace", "done", 1)])
+        assert "tidegate_upstream_errors_total{" in gateway.metrics
+        wait_until(lambda: gateway.upstream.open_requests == 0, "the upstream to be left alone")
 
 
 # --- messages -----------------------------------------------------------------------------------------------------

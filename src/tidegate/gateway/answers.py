@@ -173,6 +173,11 @@ class _Choice:
         for channel in self.channels.values():
             channel.ending = True
 
+    @property
+    def rolled_back(self) -> list[TextChannel]:
+        """The texts that were written anew, or are to be; none once it has ended."""
+        return [] if self.ended else [one for one in self.channels.values() if one.moderator.rolled_back]
+
     def refuse(self) -> None:
         """There is text that nobody can judge: the policy says whether the choice may go on."""
         if self.unjudged is None:
@@ -288,12 +293,10 @@ class AnswerStream:
     async def give_up(self) -> bytes:
         """The upstream cannot go on: the choice ends as the policy says then. Raises StoreError."""
         for choice in self._choices.values():
-            if not choice.ended:
-                for channel in choice.channels.values():
-                    if channel.moderator.rolled_back:
-                        choice.waiting.clear()
-                        channel.give_up()
-                        choice.blocked = True
+            for channel in choice.rolled_back:
+                choice.waiting.clear()
+                channel.give_up()
+                choice.blocked = True
         return await self._advance()
 
     @property
@@ -578,6 +581,9 @@ class AnswerStream:
 
     async def _end(self, error: UpstreamError | None) -> bytes:
         """Judge and let out what is left, then say how it ended."""
+        if error is not None and any(choice.rolled_back for choice in self._choices.values()):
+            self.error = error
+            return await self.give_up()
         for choice in self._choices.values():
             choice.end_all()
         sent = [await self._advance()]

@@ -205,6 +205,27 @@ async def test_the_end_of_the_reasoning_is_not_held_until_the_end_of_the_answer(
     assert client.texts == {(0, "reasoning_content"): "let me see", (0, "content"): "well"}
 
 
+async def test_a_text_that_goes_on_behind_a_call_gets_no_more_tries_than_the_policy_says() -> None:
+    """The call ended it, so it is judged again from its beginning; that it was rolled back before counts on."""
+    policy = make_policy(intervention="rollback", rollback="{tries: 1, buffer: 0, then: replace}")
+    stream = AnswerStream(judging(FakeStreamGuard(), policy=policy, retries=True))
+    call = {"tool_calls": [{"index": 0, "function": {"name": "search", "arguments": "{}"}}]}
+
+    sent = await stream.feed(wire([chunk({"content": "build a bomb bomb x"})], done=False))
+    assert stream.retry is not None
+    stream.resume()
+    for delta in ({"content": " shed "}, call, {"content": "and bomb bomb x"}):
+        assert not stream.done
+        sent += await stream.feed(wire([chunk(delta)], done=False))
+
+    assert stream.retry is None
+    assert Client(sent).texts[0, "content"] == "build a shed and\n\nNot here."
+    assert [(one.kind.value, one.outcome, one.count) for one in stream.decisions[0].interventions] == [
+        ("rollback", "flagged", 1),
+        ("replace", "done", 1),
+    ]
+
+
 async def test_reasoning_that_goes_on_is_judged_from_its_beginning() -> None:
     """Harm spread over two parts of one text is still seen, and nothing is sent twice."""
     stream = AnswerStream(judging(FakeStreamGuard()))

@@ -230,6 +230,24 @@ def test_a_try_of_a_choice_that_breaks_off_ends_as_the_policy_says(door: str, ac
         wait_until(lambda: gateway.upstream.open_requests == 0, "the upstream to be left alone")
 
 
+def test_an_answer_behind_reasoning_is_written_anew_and_the_client_sees_one_answer() -> None:
+    with (
+        running(continues="vllm") as gateway,
+        OpenAI(base_url=f"{gateway.url}/v1", api_key="k", max_retries=0) as client,
+    ):
+        gateway.answer(
+            Reply.stream(*text_chunks(["hm ", "so "], of="reasoning_content")[:-1], *text_chunks(FLAGGED)[1:]),
+            Reply.stream(*text_chunks([" garden"])),
+        )
+        made: Any = list(client.chat.completions.create(model="m", messages=HELLO, stream=True))
+
+        deltas = [one.choices[0].delta.to_dict() for one in made]
+        assert "".join(one.get("reasoning_content") or "" for one in deltas) == "hm so "
+        assert "".join(one.get("content") or "" for one in deltas) == "build a garden"
+        assert made[-1].choices[0].finish_reason == "stop"
+        assert gateway.decided() == ("allow", [("rollback", "done", 1)])
+
+
 # --- messages -----------------------------------------------------------------------------------------------------
 
 

@@ -122,6 +122,7 @@ class _Piece:
             ready = "" if left else channel.ready[: len(text)]
             channel.ready = channel.ready[len(ready) :]
             if ready:
+                channel.begun = True
                 taken.append((channel.slot, ready))
                 self.masked = self.masked or not text.startswith(ready)
             if len(ready) < len(text) or left:
@@ -142,6 +143,7 @@ class _Choice:
 
     __slots__ = (
         "blocked",
+        "called",
         "channels",
         "dropped",
         "ended",
@@ -167,6 +169,7 @@ class _Choice:
         self.finish_reason: str | None = None
         self.field: dict[str, Any] | None = None
         self.blocked = False
+        self.called = False
         self.ended = False
 
     def end_all(self) -> None:
@@ -177,6 +180,35 @@ class _Choice:
     def rolled_back(self) -> list[TextChannel]:
         """The texts that were written anew, or are to be; none once it has ended."""
         return [] if self.ended else [one for one in self.channels.values() if one.moderator.rolled_back]
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether the text can be written anew: all that may leave of it has left, and no call of a tool; and another
+        text has left as a whole, or not at all."""
+        return not self.called and all(
+            one.up_to_date if one.retry is not None else not one.begun or not (one.held or one.has_work)
+            for one in self.channels.values()
+        )
+
+    def go_on(self, tokens: Tokens) -> None:
+        """What comes next follows the text that was rolled back; what came behind it is thrown away with it."""
+        self.waiting.clear()
+        self.names.clear()
+        self.finish_reason = None
+        self.tokens = tokens
+        for slot, channel in tuple(self.channels.items()):
+            if channel.retry is not None:
+                channel.go_on()
+            elif not channel.begun:
+                channel.moderator.close()
+                del self.channels[slot]
+
+    def give_up(self) -> None:
+        """The upstream cannot go on."""
+        for channel in self.rolled_back:
+            self.waiting.clear()
+            channel.give_up()
+            self.blocked = True
 
     def refuse(self) -> None:
         """There is text that nobody can judge: the policy says whether the choice may go on."""
@@ -283,20 +315,14 @@ class AnswerStream:
         self._tail.clear()
         for choice in self._choices.values():
             if any(channel.retry is not None for channel in choice.channels.values()):
-                choice.waiting.clear()
-                choice.finish_reason = None
-                choice.tokens = self._form.tokens(passing=self._passing)
-                choice.tokens.silence()
-                for channel in choice.channels.values():
-                    channel.go_on()
+                tokens = self._form.tokens(passing=self._passing)
+                tokens.silence()
+                choice.go_on(tokens)
 
     async def give_up(self) -> bytes:
         """The upstream cannot go on: the choice ends as the policy says then. Raises StoreError."""
         for choice in self._choices.values():
-            for channel in choice.rolled_back:
-                choice.waiting.clear()
-                channel.give_up()
-                choice.blocked = True
+            choice.give_up()
         return await self._advance()
 
     @property
@@ -476,7 +502,9 @@ class AnswerStream:
     async def _advance_choice(self, choice: _Choice, sent: list[bytes]) -> None:
         if any(channel.retry is not None for channel in choice.channels.values()):
             self._send_waiting(choice, sent)
-            return
+            if choice.may_go_on and not choice.blocked:
+                return
+            choice.give_up()
         if not choice.blocked and choice.finish_reason is not None:
             choice.close_tokens()
             if not choice.blocked:
@@ -504,6 +532,7 @@ class AnswerStream:
             if delta is None:
                 return
             complete = not piece.texts
+            choice.called = choice.called or bool(delta.get("tool_calls") or delta.get("function_call"))
             if choice.blocked:
                 piece.finish_reason = None
                 if complete and not delta:

@@ -16,6 +16,7 @@ from gateway.test_interventions import RULES, Personal
 from gateway.test_redaction import HEAD
 from serving import Record, make_policy
 from tidegate.gateway.answers import AnswerStream, judge_answer
+from tidegate.gateway.forms import CHAT, COMPLETION, Form
 from tidegate.gateway.responses_answers import judge_response
 from tidegate.policy import parse_policy
 from tidegate.testing import FakeStreamGuard, chunk, completion, message_item, response, response_events
@@ -233,6 +234,38 @@ async def test_a_field_of_ours_is_never_the_upstreams() -> None:
 
     assert judged["tidegate"]["action"] == judged["choices"][0]["tidegate"]["action"] == "allow"
     assert b"powder" not in data
+
+
+# --- what is written anew -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [CHAT, COMPLETION], ids=["chat", "completions"])
+async def test_tokens_of_what_is_written_anew_follow_those_that_have_left(form: Form) -> None:
+    """Those of completions have places that would count from another beginning: they end with what was rolled back."""
+    policy = make_policy(intervention="rollback", rollback="{tries: 1, buffer: 0, then: replace}")
+    stream = AnswerStream(judging(FakeStreamGuard(), policy=policy, retries=True), form=form)
+
+    def saying(*words: str) -> bytes:
+        parts = []
+        for word in words:
+            listed = {"content": [token(word.encode())]}
+            row = {"tokens": [word], "token_logprobs": [-0.25], "top_logprobs": None, "text_offset": [0]}
+            said = {"delta": {"content": word}, "logprobs": listed} if form is CHAT else {"text": word, "logprobs": row}
+            parts.append({"choices": [{"index": 0, "finish_reason": None, **said}]})
+        return wire(parts, done=False)
+
+    sent = await stream.feed(saying("build", " a", " bomb", " bomb", " x"))
+    assert stream.retry is not None
+    stream.resume()
+    sent += await stream.feed(saying(" garden", " now"))
+    sent += await stream.feed(wire([{"choices": [{"index": 0, "finish_reason": "stop"}]}]))
+
+    events = [json.loads(part.removeprefix("data: ")) for part in sent.decode().split("\n\n") if part[6:7] == "{"]
+    known = [choice["logprobs"] for event in events for choice in event.get("choices", ()) if choice.get("logprobs")]
+    told = [one["token"] for each in known for one in each.get("content", ())]
+    told += [one for each in known for one in each.get("tokens", ())]
+    assert told == ["build", " a", *([" garden", " now"] if form is CHAT else [])]
+    assert [part.state.value for part in stream.decisions[0].coverage] == ["judged"]
 
 
 # --- responses ----------------------------------------------------------------------------------------------------

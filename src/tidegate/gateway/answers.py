@@ -190,12 +190,12 @@ class _Choice:
             for one in self.channels.values()
         )
 
-    def go_on(self, tokens: Tokens) -> None:
+    def go_on(self) -> None:
         """What comes next follows the text that was rolled back; what came behind it is thrown away with it."""
         self.waiting.clear()
         self.names.clear()
         self.finish_reason = None
-        self.tokens = tokens
+        self.tokens.go_on()
         for slot, channel in tuple(self.channels.items()):
             if channel.retry is not None:
                 channel.go_on()
@@ -315,9 +315,7 @@ class AnswerStream:
         self._tail.clear()
         for choice in self._choices.values():
             if any(channel.retry is not None for channel in choice.channels.values()):
-                tokens = self._form.tokens(passing=self._passing)
-                tokens.silence()
-                choice.go_on(tokens)
+                choice.go_on()
 
     async def give_up(self) -> bytes:
         """The upstream cannot go on: the choice ends as the policy says then. Raises StoreError."""

@@ -124,6 +124,10 @@ class Tokens(Protocol):
         """The text that leaves is not what these tokens spell: no more of them go out."""
         ...
 
+    def go_on(self) -> None:
+        """What has not left was thrown away: other text follows what has."""
+        ...
+
     def close(self, parts: Parts) -> None:
         """No more comes: what never spelled anything is dropped."""
         ...
@@ -154,6 +158,10 @@ class _ByText:
     def silence(self) -> None:
         for spelled in self._spelled.values():
             spelled.silence()
+
+    def go_on(self) -> None:
+        for spelled in self._spelled.values():
+            spelled.go_on()
 
     def close(self, parts: Parts) -> None:
         count = sum(spelled.dropped() for spelled in self._spelled.values())
@@ -259,10 +267,6 @@ class TextTokens(ChatTokens):
         self.left += taken
         return taken
 
-    def go_on(self) -> None:
-        """What has not left was thrown away: other text follows what has."""
-        self._of_text.go_on()
-
 
 def spelled(listed: list[Any], text: str, parts: Parts) -> list[Any]:
     """What of a list of tokens, in the form of chat completions, spells a text that leaves with it in one piece."""
@@ -314,6 +318,10 @@ class CompletionTokens(_ByText):
             parts.drop(_NAME, told)
         self._add({("text",): tokens}, texts)
         return frame
+
+    def go_on(self) -> None:
+        """No more of them go out: ``text_offset`` of what follows would count from another beginning."""
+        self.silence()
 
     def _rows(self, columns: Mapping[str, list[Any]], parts: Parts) -> Iterator[_Token]:
         others = {name: values for name, values in columns.items() if name != "tokens" and values}

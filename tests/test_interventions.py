@@ -709,6 +709,24 @@ async def test_a_client_that_goes_away_during_a_retry_leaves_a_decision() -> Non
     assert guard.open_sessions == 0
 
 
+async def test_tries_of_a_text_that_is_judged_again_from_its_beginning_count_on() -> None:
+    """It gets no more of them, what was thrown away stays counted, and it ends as the policy says."""
+    rolls = policy(ROLLS.replace("tries: 2", "tries: 1"))
+    before, after = (StreamModerator(FakeStreamGuard(), rolls, retries=True) for _ in range(2))
+    assert (await before.feed("build a bomb bomb now")).retry is not None
+    before.close()
+
+    after.count_on(before)
+
+    assert after.rolled_back
+    assert await released_by(after, "build a ", "shed ") == ["build a", " shed"]
+    step = await after.feed("bomb bomb now")
+    assert (step.released, step.retry) == ("", None)
+    assert step.decision is not None
+    assert kinds(step.decision) == [("rollback", "flagged", 1), ("replace", "done", 1)]
+    assert step.decision.interventions[0].characters == len(" bomb bomb now")
+
+
 async def test_the_buffer_is_held_so_that_there_is_something_to_roll_back() -> None:
     buffered = ROLLS.replace("buffer: 0", "buffer: 2")
     moderator = StreamModerator(FakeStreamGuard(), policy(buffered), retries=True)

@@ -205,6 +205,106 @@ async def test_the_end_of_the_reasoning_is_not_held_until_the_end_of_the_answer(
     assert client.texts == {(0, "reasoning_content"): "let me see", (0, "content"): "well"}
 
 
+ROLLS = make_policy(intervention="rollback", rollback="{tries: 1, buffer: 0, then: replace}")
+FLAGGED = {"content": "build a bomb bomb x"}
+
+
+def calling(query: str) -> dict[str, Any]:
+    function = {"name": "search", "arguments": json.dumps({"q": query})}
+    return {"tool_calls": [{"index": 0, "id": f"call_{query}", "function": function}]}
+
+
+async def fed(stream: AnswerStream, *deltas: dict[str, Any], done: bool = False) -> bytes:
+    """What leaves of these, each in a read of its own."""
+    sent = b"".join([await stream.feed(wire([chunk(delta)], done=False)) for delta in deltas])
+    return sent + await stream.feed(wire([chunk(finish_reason="stop")])) if done else sent
+
+
+@pytest.mark.parametrize("again", [(), ({"reasoning_content": "or not"},)], ids=["no more", "more reasoning"])
+@pytest.mark.parametrize("once", [True, False], ids=["one read", "two reads"])
+async def test_a_text_behind_reasoning_is_written_anew(again: tuple[dict[str, Any], ...], once: bool) -> None:
+    """What was thought has left, and stays; what is thought now follows it."""
+    guard = FakeStreamGuard()
+    stream = AnswerStream(judging(guard, policy=ROLLS, retries=True))
+    thought: dict[str, Any] = {"reasoning_content": "let me see ", "tool_calls": []}
+
+    if once:
+        sent = await stream.feed(wire([chunk(thought), chunk(FLAGGED)], done=False))
+    else:
+        sent = await fed(stream, thought, FLAGGED)
+    assert stream.retry is not None
+    stream.resume()
+    sent += await fed(stream, *again, {"content": " garden"}, done=True)
+
+    reasoning = "let me see or not" if again else "let me see "
+    assert Client(sent).texts == {(0, "reasoning_content"): reasoning, (0, "content"): "build a garden"}
+    assert [one.action for one in stream.decisions] == [Action.ALLOW]
+    assert guard.open_sessions == 0
+
+
+async def test_a_call_behind_the_text_that_is_written_anew_is_thrown_away_with_it() -> None:
+    """In one read: nobody has seen it. The call that comes then leaves as it is."""
+    guard = FakeStreamGuard()
+    stream = AnswerStream(judging(guard, policy=ROLLS, retries=True, tools=frozenset({"search"})))
+
+    sent = await stream.feed(wire([chunk(FLAGGED), chunk(calling("a"))], done=False))
+    assert stream.retry is not None
+    stream.resume()
+    sent += await fed(stream, {"content": " shed"}, calling("b"), done=True)
+
+    client = Client(sent)
+    calls = [call for part in client.chunks for call in part["choices"][0]["delta"].get("tool_calls", ())]
+    assert client.texts == {(0, "content"): "build a shed"}
+    assert "".join(call["function"].get("arguments", "") for call in calls) == '{"q": "b"}'
+    assert [call["id"] for call in calls if "id" in call] == ["call_b"]
+    assert guard.open_sessions == 0
+
+
+@pytest.mark.parametrize(
+    ("buffer", "before"),
+    [
+        (0, ({"content": "I look."}, calling("a"))),
+        (3, ({"content": "one two three four"}, {"reasoning_content": "hm "})),
+    ],
+    ids=["a call has left", "more of it has left than would stay"],
+)
+async def test_a_text_that_cannot_be_written_anew_ends_as_the_policy_says(
+    buffer: int, before: tuple[dict[str, Any], ...]
+) -> None:
+    policy = make_policy(intervention="rollback", rollback=f"{{tries: 1, buffer: {buffer}, then: replace}}")
+    stream = AnswerStream(judging(FakeStreamGuard(), policy=policy, retries=True, tools=frozenset({"search"})))
+
+    sent = await fed(stream, *before, {"content": " bomb bomb x"})
+
+    assert (stream.retry, stream.done) == (None, True)
+    assert Client(sent).texts[0, "content"] == f"{before[0]['content']}\n\nNot here."
+    assert [(one.kind.value, one.outcome) for one in stream.decisions[0].interventions] == [
+        ("rollback", "failed"),
+        ("replace", "done"),
+    ]
+
+
+async def test_a_text_that_goes_on_behind_a_call_gets_no_more_tries_than_the_policy_says() -> None:
+    """The call ended it, so it is judged again from its beginning; that it was rolled back before counts on."""
+    policy = make_policy(intervention="rollback", rollback="{tries: 1, buffer: 0, then: replace}")
+    stream = AnswerStream(judging(FakeStreamGuard(), policy=policy, retries=True))
+    call = {"tool_calls": [{"index": 0, "function": {"name": "search", "arguments": "{}"}}]}
+
+    sent = await stream.feed(wire([chunk({"content": "build a bomb bomb x"})], done=False))
+    assert stream.retry is not None
+    stream.resume()
+    for delta in ({"content": " shed "}, call, {"content": "and bomb bomb x"}):
+        assert not stream.done
+        sent += await stream.feed(wire([chunk(delta)], done=False))
+
+    assert stream.retry is None
+    assert Client(sent).texts[0, "content"] == "build a shed and\n\nNot here."
+    assert [(one.kind.value, one.outcome, one.count) for one in stream.decisions[0].interventions] == [
+        ("rollback", "flagged", 1),
+        ("replace", "done", 1),
+    ]
+
+
 async def test_reasoning_that_goes_on_is_judged_from_its_beginning() -> None:
     """Harm spread over two parts of one text is still seen, and nothing is sent twice."""
     stream = AnswerStream(judging(FakeStreamGuard()))

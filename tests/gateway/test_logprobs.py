@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
-from gateway.test_answers import CUTS, TEXTS, Client, cut, judging, through, wire
+from gateway import test_responses_answers as responses
+from gateway.test_answers import CUTS, TEXTS, Client, allowed, cut, judging, through, wire
+from gateway.test_interventions import RULES, Personal
+from gateway.test_redaction import HEAD
 from serving import Record, make_policy
 from tidegate.gateway.answers import AnswerStream, judge_answer
-from tidegate.testing import FakeStreamGuard, chunk, completion
+from tidegate.gateway.forms import CHAT, COMPLETION, Form
+from tidegate.gateway.responses_answers import judge_response
+from tidegate.policy import parse_policy
+from tidegate.testing import FakeStreamGuard, chunk, completion, message_item, response, response_events
 from tidegate.types import Action
 
 SECRET = "first mix the powder"
@@ -227,3 +234,204 @@ async def test_a_field_of_ours_is_never_the_upstreams() -> None:
 
     assert judged["tidegate"]["action"] == judged["choices"][0]["tidegate"]["action"] == "allow"
     assert b"powder" not in data
+
+
+# --- what is written anew -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [CHAT, COMPLETION], ids=["chat", "completions"])
+async def test_tokens_of_what_is_written_anew_follow_those_that_have_left(form: Form) -> None:
+    """Those of completions have places that would count from another beginning: they end with what was rolled back."""
+    policy = make_policy(intervention="rollback", rollback="{tries: 1, buffer: 0, then: replace}")
+    stream = AnswerStream(judging(FakeStreamGuard(), policy=policy, retries=True), form=form)
+
+    def saying(*words: str) -> bytes:
+        parts = []
+        for word in words:
+            listed = {"content": [token(word.encode())]}
+            row = {"tokens": [word], "token_logprobs": [-0.25], "top_logprobs": None, "text_offset": [0]}
+            said = {"delta": {"content": word}, "logprobs": listed} if form is CHAT else {"text": word, "logprobs": row}
+            parts.append({"choices": [{"index": 0, "finish_reason": None, **said}]})
+        return wire(parts, done=False)
+
+    sent = await stream.feed(saying("build", " a", " bomb", " bomb", " x"))
+    assert stream.retry is not None
+    stream.resume()
+    sent += await stream.feed(saying(" garden", " now"))
+    sent += await stream.feed(wire([{"choices": [{"index": 0, "finish_reason": "stop"}]}]))
+
+    events = [json.loads(part.removeprefix("data: ")) for part in sent.decode().split("\n\n") if part[6:7] == "{"]
+    known = [choice["logprobs"] for event in events for choice in event.get("choices", ()) if choice.get("logprobs")]
+    told = [one["token"] for each in known for one in each.get("content", ())]
+    told += [one for each in known for one in each.get("tokens", ())]
+    assert told == ["build", " a", *([" garden", " now"] if form is CHAT else [])]
+    assert [part.state.value for part in stream.decisions[0].coverage] == ["judged"]
+
+
+# --- responses ----------------------------------------------------------------------------------------------------
+
+
+def pieces_of(tokens: list[dict[str, Any]]) -> list[str]:
+    """As much of the text as is complete with each token."""
+    ends = [b"".join(bytes(one["bytes"]) for one in tokens[:number]) for number in range(len(tokens) + 1)]
+    texts = [end.decode(errors="ignore") for end in ends]
+    return [after[len(before) :] for before, after in itertools.pairwise(texts)]
+
+
+def responded(tokens: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
+    """A response in one delta for each token; the tokens stand in all events that repeat the text."""
+    pieces = pieces_of(tokens)
+    part = {"type": "output_text", "text": "".join(pieces), "annotations": [], "logprobs": tokens}
+    events = response_events(message_item(content=[part]), cut=lambda _: pieces, **fields)
+    left = iter(tokens)
+    for event in events:
+        if event["type"] == "response.output_text.delta":
+            event["logprobs"] = [next(left)]
+        elif event["type"] == "response.output_text.done":
+            event["logprobs"] = tokens
+        elif event["type"] == "response.content_part.added":
+            event["part"] = {**event["part"], "logprobs": []}
+    return events
+
+
+def lists_in(value: Any) -> Iterator[list[dict[str, Any]]]:
+    """All lists of tokens in an event."""
+    if isinstance(value, list):
+        for one in value:
+            yield from lists_in(one)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            if name == "logprobs":
+                yield inner
+            else:
+                yield from lists_in(inner)
+
+
+def spelled_by(listed: list[dict[str, Any]]) -> bytes:
+    return b"".join(bytes(one["bytes"]) for one in listed)
+
+
+def repeating(client: responses.Client) -> list[dict[str, Any]]:
+    """The events that repeat a whole text."""
+    return [one for one in client.events if one["type"].endswith((".done", ".completed", ".incomplete"))]
+
+
+def in_deltas(client: responses.Client) -> list[dict[str, Any]]:
+    return [one for event in client.of("output_text.delta") for one in event["logprobs"]]
+
+
+@given(text=TEXTS, tokens=CUTS, reads=CUTS)
+@example(text="so bomb bomb x", tokens=[0.3, 0.5], reads=[0.2, 0.4])
+async def test_no_event_of_a_response_spells_what_has_not_left(
+    text: str, tokens: list[float], reads: list[float]
+) -> None:
+    """At every moment, each list of tokens in each event spells a beginning of the text that has left by then; and the
+    events of an answer that is allowed have all of them."""
+    expected, action = await allowed(text)
+    sent = tokens_of(text, tokens)
+    stream = responses.stream()
+    seen = b""
+    for read in cut(wire(responded(sent)), reads):
+        if stream.done:
+            break
+        seen += await stream.feed(read)
+        client = responses.Client(seen)
+        assert expected.startswith(client.text())
+        for listed in (in_deltas(client), *lists_in(repeating(client))):
+            assert client.text().encode().startswith(spelled_by(listed))
+        if "bomb" not in client.text():
+            assert b"bomb" not in seen
+
+    client = responses.Client(seen if stream.done else seen + await stream.end())
+    told = in_deltas(client)
+    assert all(listed == told for listed in lists_in(repeating(client)))
+    if action is Action.ALLOW:
+        assert told == (sent if text else [])
+        assert [part["path"] for part in client.field["coverage"] if part["state"] != "judged"] == []
+
+
+MASKING = parse_policy(HEAD.replace("on_guard_error", "unjudged_answer: pass\non_guard_error", 1) + RULES)
+
+
+@given(tokens=CUTS, reads=CUTS)
+async def test_from_the_first_mask_on_a_response_has_no_tokens(tokens: list[float], reads: list[float]) -> None:
+    """Whatever else the policy lets pass, and in all events."""
+    text, left = "Please call 030 1234567 now.", "Please call 999 9999999 now."
+    stream = responses.stream(Personal(), policy=MASKING)
+
+    seen = await responses.through(stream, cut(wire(responded(tokens_of(text, tokens))), reads))
+
+    client = responses.Client(seen)
+    assert client.text() == left
+    assert client.last["response"]["output"][0]["content"][0]["text"] == left
+    for listed in (in_deltas(client), *lists_in(repeating(client))):
+        assert b"Please call ".startswith(spelled_by(listed))
+    assert not set("0123456789") & {*"".join(map(str, responses.strings([*lists_in(client.events)])))}
+
+
+async def test_a_whole_response_has_the_tokens_of_what_is_not_masked() -> None:
+    texts = ("Please call 030 1234567 now.", "It is free.")
+    parts = [{"type": "output_text", "text": text, "logprobs": tokens_of(text, [0.3])} for text in texts]
+
+    told, _ = await judge_response(response(message_item(content=parts)), judging(Personal(), policy=MASKING), {})
+
+    masked, plain = told["output"][0]["content"]
+    assert (masked["text"], masked["logprobs"]) == ("Please call 999 9999999 now.", [])
+    assert plain["logprobs"] == tokens_of(texts[1], [0.3])
+
+
+async def test_tokens_of_a_text_that_begins_whole_leave_with_its_first_delta() -> None:
+    sent = [token(b"so "), token(b"it is")]
+    events = responded(sent)
+    begun = next(event for event in events if event["type"] == "response.content_part.added")
+    begun["part"] = {**begun["part"], "text": "so ", "logprobs": sent[:1]}
+    del events[events.index(begun) + 1]
+
+    client = await responses.client_of(events)
+
+    assert client.of("content_part.added")[0]["part"]["logprobs"] == []
+    assert client.text() == "so it is"
+    assert in_deltas(client) == client.last["response"]["output"][0]["content"][0]["logprobs"] == sent
+
+
+async def test_tokens_that_only_repeating_events_have_leave_with_them() -> None:
+    sent = tokens_of("one two", [0.5])
+    events = [{**event, "logprobs": []} if "delta" in event else event for event in responded(sent)]
+
+    client = await responses.client_of(events)
+
+    assert in_deltas(client) == []
+    assert [listed for listed in lists_in(client.events) if listed] == [sent] * 4
+
+
+@pytest.mark.parametrize("lie", LIES)
+async def test_tokens_that_do_not_spell_a_response_do_not_leave_with_it(lie: dict[str, Any]) -> None:
+    """In no event; and the coverage counts them."""
+    events = responded([token(b"fine")])
+    for event in events:
+        for listed in lists_in(event):
+            listed[:] = [lie] if listed else []
+
+    client = await responses.client_of(events)
+
+    assert "powder" not in json.dumps(client.events)
+    assert client.text() == "fine"
+    places = ("response.output_text.delta", "response.output_text.done", "part", "item.content", "output.content")
+    dropped = {part["path"].partition(".logprobs")[0] for part in client.field["coverage"][1:]}
+    assert dropped == set(places)
+
+
+@pytest.mark.parametrize("setting", ["drop", "pass", "refuse"])
+async def test_the_policy_says_what_becomes_of_other_tokens_of_a_response(setting: str) -> None:
+    record = Record()
+    events = responded([{**token(b"so "), "top_logprobs": OTHERS}, token(b"fine")])
+
+    client = await responses.client_of(events, record=record, policy=make_policy(unjudged_answer=setting))
+
+    assert ("powder" in json.dumps(client.events)) == (setting == "pass")
+    assert client.types[-1] == ("incomplete" if setting == "refuse" else "completed")
+    assert record.kept[0][0].rule == ("unjudged_answer" if setting == "refuse" else "otherwise")
+    unjudged = [part for part in record.kept[0][0].coverage if part.path.endswith("top_logprobs")]
+    assert {part.characters for part in unjudged} == {len(SECRET) + len("fine")}
+    if setting == "pass":
+        assert in_deltas(client)[0]["top_logprobs"] == OTHERS

@@ -10,6 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from gateway.test_logprobs import responded, token
 from serving import Gateway, Record, make_policy, serving, until, wait_until
 from tidegate.gateway.app import create_app
 from tidegate.testing import (
@@ -57,6 +58,11 @@ def streaming(*events: Any) -> Reply:
 
 def words(text: str) -> list[str]:
     return [text[start : start + 4] for start in range(0, len(text), 4)]
+
+
+def with_tokens(text: str) -> Reply:
+    """A response with its tokens: as many as it has words."""
+    return streaming(*responded([token(f" {word}".encode()) for word in text.split(" ")]))
 
 
 def text_of(events: list[Any]) -> str:
@@ -110,6 +116,42 @@ def test_the_clients_own_accumulator_takes_the_stream(client: OpenAI, upstream: 
     assert snapshots[-1] == "Hello there, friend."
     assert answer.output_text == "Hello there, friend."
     assert answer.output[2].parsed_arguments is None
+
+
+def test_tokens_come_with_the_text_that_they_spell(client: OpenAI, upstream: FakeUpstream) -> None:
+    upstream.reply = with_tokens("one two three")
+
+    events = list(ask(client, stream=True, include=["message.output_text.logprobs"]))
+
+    told = [one.token for event in events if event.type == "response.output_text.delta" for one in event.logprobs]
+    done = next(event for event in events if event.type == "response.output_text.done")
+    part = next(event.part for event in events if event.type == "response.content_part.done")
+    item = next(event.item for event in events if event.type == "response.output_item.done")
+    assert upstream.received[0].body["include"] == ["message.output_text.logprobs"]
+    assert told == [" one", " two", " three"]
+    for repeated in (done, part, item.content[0], events[-1].response.output[0].content[0]):
+        assert [one.token for one in repeated.logprobs] == told
+
+
+@pytest.mark.parametrize("intervention", ["cut", "replace"])
+def test_a_stopped_stream_has_the_tokens_of_what_has_left(
+    upstream: FakeUpstream, upstream_url: str, intervention: str
+) -> None:
+    """In deltas and in the events that close it; the policy's message has none."""
+    upstream.reply = with_tokens("take a bomb bomb and run")
+    policy = make_policy(intervention=intervention)
+    app = create_app(guard=FakeStreamGuard(), policy=policy, keep=Record(), upstream_url=upstream_url)
+
+    with serving(app) as url, OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as client:
+        events = list(ask(client, stream=True))
+
+    told = [one.token for event in events if event.type == "response.output_text.delta" for one in event.logprobs]
+    done = next(event for event in events if event.type == "response.output_text.done")
+    first, *message = events[-1].response.output
+    assert told == [" take", " a"]
+    assert [one.token for one in done.logprobs] == [one.token for one in first.content[0].logprobs] == told
+    assert [item.content[0].logprobs for item in message] == ([None] if intervention == "replace" else [])
+    assert "bomb" not in json.dumps([event.to_dict() for event in events])
 
 
 async def test_the_async_client_streams(gateway: Gateway, upstream: FakeUpstream) -> None:

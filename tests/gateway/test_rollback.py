@@ -13,10 +13,22 @@ from anthropic import Anthropic
 from openai import OpenAI
 
 from gateway import messages_wire as fake
+from gateway.test_logprobs import lists_in, responded, token
 from serving import Record, serving, wait_until
 from tidegate.gateway.app import create_app
 from tidegate.policy import parse_policy
-from tidegate.testing import Die, FakeStreamGuard, FakeUpstream, Hang, Reply, message_item, response, response_events
+from tidegate.testing import (
+    Die,
+    FakeStreamGuard,
+    FakeUpstream,
+    Hang,
+    Reply,
+    message_item,
+    response,
+    response_events,
+    text_chunks,
+    text_completion,
+)
 
 POLICY = """
 name: test
@@ -165,6 +177,75 @@ def running(tries: int = 1, buffer: int = 0, **options: Any) -> Iterator[Running
         with serving(app) as url:
             yield Running(url, upstream, record)
     assert guard.open_sessions == 0
+
+
+# --- chat and completions -----------------------------------------------------------------------------------------
+
+
+def chatted(*pieces: str) -> list[dict[str, Any]]:
+    """A chat completion in pieces, without its end."""
+    return text_chunks(pieces)[:-1]
+
+
+def completed(*pieces: str) -> list[dict[str, Any]]:
+    """A text completion in pieces, without its end."""
+    return [text_completion(piece, finish_reason="") for piece in pieces]
+
+
+@pytest.mark.parametrize(
+    ("acts", "left"),
+    [
+        ((" and", " then ", Die()), " and"),
+        ((" and", " then "), " and"),
+        ((" and ", {"error": {"message": "bomb", "type": "overloaded"}}), " and"),
+        (({"error": {"message": "bomb", "type": "overloaded"}},), ""),
+        ((b"data: {\n\n",), ""),
+        ((), ""),
+    ],
+    ids=["dies", "ends early", "error", "error at once", "garbage", "nothing"],
+)
+@pytest.mark.parametrize("door", ["chat", "completions"])
+def test_a_try_of_a_choice_that_breaks_off_ends_as_the_policy_says(door: str, acts: tuple[Any, ...], left: str) -> None:
+    pieces = chatted if door == "chat" else completed
+    again = [part for one in acts for part in (pieces(one) if isinstance(one, str) else [one])]
+    asked: dict[str, Any] = {"model": "m", "stream": True}
+    with (
+        running(continues="vllm") as gateway,
+        OpenAI(base_url=f"{gateway.url}/v1", api_key="k", max_retries=0) as client,
+    ):
+        gateway.answer(Reply.stream(*pieces(*FLAGGED)), Reply.stream(*again, done=False))
+        if door == "chat":
+            made: Any = list(client.chat.completions.create(messages=HELLO, **asked))
+            text = "".join(one.choices[0].delta.content or "" for one in made)
+        else:
+            made = list(client.completions.create(prompt="hi", **asked))
+            text = "".join(one.choices[0].text for one in made)
+
+        assert text.startswith(f"build a{left}")
+        assert text.endswith("\n\nNot here.")
+        assert "bomb" not in text
+        assert [one.choices[0].finish_reason for one in made if one.choices[0].finish_reason] == ["content_filter"]
+        assert gateway.decided() == ("block", [("rollback", "failed", 1), ("replace", "done", 1)])
+        assert "tidegate_upstream_errors_total{" in gateway.metrics
+        wait_until(lambda: gateway.upstream.open_requests == 0, "the upstream to be left alone")
+
+
+def test_an_answer_behind_reasoning_is_written_anew_and_the_client_sees_one_answer() -> None:
+    with (
+        running(continues="vllm") as gateway,
+        OpenAI(base_url=f"{gateway.url}/v1", api_key="k", max_retries=0) as client,
+    ):
+        gateway.answer(
+            Reply.stream(*text_chunks(["hm ", "so "], of="reasoning_content")[:-1], *text_chunks(FLAGGED)[1:]),
+            Reply.stream(*text_chunks([" garden"])),
+        )
+        made: Any = list(client.chat.completions.create(model="m", messages=HELLO, stream=True))
+
+        deltas = [one.choices[0].delta.to_dict() for one in made]
+        assert "".join(one.get("reasoning_content") or "" for one in deltas) == "hm so "
+        assert "".join(one.get("content") or "" for one in deltas) == "build a garden"
+        assert made[-1].choices[0].finish_reason == "stop"
+        assert gateway.decided() == ("allow", [("rollback", "done", 1)])
 
 
 # --- messages -----------------------------------------------------------------------------------------------------
@@ -430,6 +511,22 @@ def test_the_clients_own_accumulator_takes_a_response_that_was_rolled_back() -> 
             made: Any = stream.get_final_response()
 
         assert snapshots[-1] == made.output_text == "build a garden now"
+
+
+def test_the_tokens_of_what_is_written_anew_follow_those_that_have_left() -> None:
+    """In deltas, and in all events that repeat the text."""
+    with running(continues="prefill") as gateway:
+        replies = [[b"build", b" a", b" bomb", b" bomb", b" x"], [b" garden", b" now"]]
+        gateway.answer(*(Reply.stream(*responded([token(one) for one in spelled]), done=False) for spelled in replies))
+        made, events = gateway.response(include=["message.output_text.logprobs"])
+
+        expected = ["build", " a", " garden", " now"]
+        deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+        assert [one["token"] for listed in deltas for one in listed] == expected
+        assert [[one["token"] for one in listed] for listed in lists_in(events) if listed][len(expected) :] == [
+            expected
+        ] * 4
+        assert [part["state"] for part in made.to_dict()["tidegate"]["coverage"]] == ["judged"]
 
 
 def test_an_incomplete_item_is_what_some_upstreams_go_on_with() -> None:

@@ -122,6 +122,7 @@ class _Piece:
             ready = "" if left else channel.ready[: len(text)]
             channel.ready = channel.ready[len(ready) :]
             if ready:
+                channel.begun = True
                 taken.append((channel.slot, ready))
                 self.masked = self.masked or not text.startswith(ready)
             if len(ready) < len(text) or left:
@@ -142,6 +143,7 @@ class _Choice:
 
     __slots__ = (
         "blocked",
+        "called",
         "channels",
         "dropped",
         "ended",
@@ -167,11 +169,46 @@ class _Choice:
         self.finish_reason: str | None = None
         self.field: dict[str, Any] | None = None
         self.blocked = False
+        self.called = False
         self.ended = False
 
     def end_all(self) -> None:
         for channel in self.channels.values():
             channel.ending = True
+
+    @property
+    def rolled_back(self) -> list[TextChannel]:
+        """The texts that were written anew, or are to be; none once it has ended."""
+        return [] if self.ended else [one for one in self.channels.values() if one.moderator.rolled_back]
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether the text can be written anew: all that may leave of it has left, and no call of a tool; and another
+        text has left as a whole, or not at all."""
+        return not self.called and all(
+            one.up_to_date if one.retry is not None else not one.begun or not (one.held or one.has_work)
+            for one in self.channels.values()
+        )
+
+    def go_on(self) -> None:
+        """What comes next follows the text that was rolled back; what came behind it is thrown away with it."""
+        self.waiting.clear()
+        self.names.clear()
+        self.finish_reason = None
+        self.tokens.go_on()
+        for slot, channel in tuple(self.channels.items()):
+            if channel.retry is not None:
+                channel.go_on()
+            elif not channel.begun:
+                channel.moderator.close()
+                del self.channels[slot]
+
+    def give_up(self) -> None:
+        """The upstream cannot go on."""
+        for channel in self.rolled_back:
+            self.waiting.clear()
+            channel.give_up()
+            self.blocked = True
 
     def refuse(self) -> None:
         """There is text that nobody can judge: the policy says whether the choice may go on."""
@@ -278,22 +315,12 @@ class AnswerStream:
         self._tail.clear()
         for choice in self._choices.values():
             if any(channel.retry is not None for channel in choice.channels.values()):
-                choice.waiting.clear()
-                choice.finish_reason = None
-                choice.tokens = self._form.tokens(passing=self._passing)
-                choice.tokens.silence()
-                for channel in choice.channels.values():
-                    channel.go_on()
+                choice.go_on()
 
     async def give_up(self) -> bytes:
         """The upstream cannot go on: the choice ends as the policy says then. Raises StoreError."""
         for choice in self._choices.values():
-            if not choice.ended:
-                for channel in choice.channels.values():
-                    if channel.moderator.rolled_back:
-                        choice.waiting.clear()
-                        channel.give_up()
-                        choice.blocked = True
+            choice.give_up()
         return await self._advance()
 
     @property
@@ -473,7 +500,9 @@ class AnswerStream:
     async def _advance_choice(self, choice: _Choice, sent: list[bytes]) -> None:
         if any(channel.retry is not None for channel in choice.channels.values()):
             self._send_waiting(choice, sent)
-            return
+            if choice.may_go_on and not choice.blocked:
+                return
+            choice.give_up()
         if not choice.blocked and choice.finish_reason is not None:
             choice.close_tokens()
             if not choice.blocked:
@@ -501,6 +530,7 @@ class AnswerStream:
             if delta is None:
                 return
             complete = not piece.texts
+            choice.called = choice.called or bool(delta.get("tool_calls") or delta.get("function_call"))
             if choice.blocked:
                 piece.finish_reason = None
                 if complete and not delta:
@@ -578,6 +608,9 @@ class AnswerStream:
 
     async def _end(self, error: UpstreamError | None) -> bytes:
         """Judge and let out what is left, then say how it ended."""
+        if error is not None and any(choice.rolled_back for choice in self._choices.values()):
+            self.error = error
+            return await self.give_up()
         for choice in self._choices.values():
             choice.end_all()
         sent = [await self._advance()]

@@ -122,6 +122,7 @@ class TextChannel:
 
     Attributes:
         ready: what was released and has not gone out yet.
+        begun: whether some of it has gone out, where somebody says so.
         ending: whether another text has followed, or the choice has finished: this one is taken to be complete.
         moderator: watches it.
         retry: from where the upstream is to go on; None while nobody has to ask it.
@@ -136,6 +137,7 @@ class TextChannel:
         "_judging",
         "_new",
         "_skip",
+        "begun",
         "ending",
         "kind",
         "moderator",
@@ -160,6 +162,7 @@ class TextChannel:
         self.kind = kind
         self.path = path
         self.ready = ""
+        self.begun = False
         self.ending = False
         self._judging = judging
         self._before = {"reasoning": reasoning, "name": name}
@@ -200,6 +203,11 @@ class TextChannel:
     def held(self) -> int:
         """How many characters are held now, be it for the guard or for a chunk before them."""
         return self.moderator.held + len(self.ready)
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether what has gone out is what was released, no less and no more."""
+        return not self.ready and not self._skip
 
     def add(self, text: str) -> str:
         """Take text in; returns it as it will go out: halves of a surrogate pair joined, and single ones replaced.

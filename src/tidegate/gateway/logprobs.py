@@ -4,7 +4,8 @@ A chosen token says nothing that the judged text does not say, so it is held as 
 its bytes have left. That it spells the text is checked, byte by byte; from the first token that does not, the rest is
 dropped. Other tokens (``top_logprobs``) are words that nobody judged: the policy says what becomes of them.
 
-`ChatTokens` and `CompletionTokens` know the two forms that OpenAI's API has. No sockets.
+`ChatTokens` and `CompletionTokens` know the two forms that OpenAI's API has for choices. `TextTokens` are those of one
+text, listed as chat completions list them: the form of responses. No sockets.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Protocol
 from tidegate.gateway.deltas import Parts, Slot
 from tidegate.gateway.schemas import is_name, mended
 
-__all__ = ["ChatTokens", "CompletionTokens", "Tokens", "spelled"]
+__all__ = ["ChatTokens", "CompletionTokens", "TextTokens", "Tokens", "spelled"]
 
 _NAME: Final = "logprobs"
 _TOP: Final = "logprobs.top_logprobs"
@@ -85,6 +86,14 @@ class _Spelled:
         while self._ready and self._ready[0][0] <= self._released:
             yield self._ready.popleft()[1]
 
+    def go_on(self) -> None:
+        """What has not left was thrown away: other text follows what has."""
+        self._text.clear()
+        self._waiting.clear()
+        self._ready.clear()
+        self._end = self._released
+        self.broken = False
+
     def dropped(self) -> int:
         """Give up what does not spell the text; returns how many characters that is."""
         count = sum(token.characters for token in self._waiting)
@@ -113,6 +122,10 @@ class Tokens(Protocol):
 
     def silence(self) -> None:
         """The text that leaves is not what these tokens spell: no more of them go out."""
+        ...
+
+    def go_on(self) -> None:
+        """What has not left was thrown away: other text follows what has."""
         ...
 
     def close(self, parts: Parts) -> None:
@@ -146,6 +159,10 @@ class _ByText:
         for spelled in self._spelled.values():
             spelled.silence()
 
+    def go_on(self) -> None:
+        for spelled in self._spelled.values():
+            spelled.go_on()
+
     def close(self, parts: Parts) -> None:
         count = sum(spelled.dropped() for spelled in self._spelled.values())
         if count:
@@ -155,7 +172,7 @@ class _ByText:
 class ChatTokens(_ByText):
     """``{"content": [{"token", "logprob", "bytes", "top_logprobs"}], "refusal": ...}``."""
 
-    slots: ClassVar = (("content",), ("refusal",))
+    slots: ClassVar[tuple[Slot, ...]] = (("content",), ("refusal",))
 
     def take(self, told: Any, texts: Mapping[Slot, str], parts: Parts) -> Any:
         tokens: dict[Slot, list[_Token]] = {}
@@ -218,15 +235,45 @@ class ChatTokens(_ByText):
                 yield other if self._passing else kept
 
 
+class TextTokens(ChatTokens):
+    """``[{"token", "logprob", "bytes", "top_logprobs"}]`` of one text.
+
+    Attributes:
+        left: those that have left.
+    """
+
+    slots: ClassVar[tuple[Slot, ...]] = (("text",),)
+
+    def __init__(self, *, passing: bool = False) -> None:
+        super().__init__(passing=passing)
+        self.left: list[Any] = []
+
+    @property
+    def _of_text(self) -> _Spelled:
+        return self._spelled["text",]
+
+    def read(self, listed: list[Any], parts: Parts) -> list[_Token]:
+        """What passes of tokens once their text has left; the rest is counted."""
+        return self._tokens(listed, parts)
+
+    def add(self, tokens: list[_Token], text: str) -> None:
+        """Take what came in one piece."""
+        self._add({("text",): tokens}, {("text",): text})
+
+    def leave(self, text: str) -> list[Any]:
+        """So much of the text leaves now; returns the tokens that leave with it."""
+        self._of_text.release(text)
+        taken = list(self._of_text.take())
+        self.left += taken
+        return taken
+
+
 def spelled(listed: list[Any], text: str, parts: Parts) -> list[Any]:
     """What of a list of tokens, in the form of chat completions, spells a text that leaves with it in one piece."""
-    slot: Slot = ("content",)
-    tokens = ChatTokens(passing=parts.passing)
-    frame = tokens.take({"content": listed}, {slot: text}, parts)
-    tokens.release(slot, text)
+    tokens = TextTokens(passing=parts.passing)
+    tokens.add(tokens.read(listed, parts), text)
     tokens.close(parts)
-    told: list[Any] = (tokens.out(frame) or {}).get("content") or []
-    return told
+    return tokens.leave(text)
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -253,7 +300,7 @@ def _spellings(token: str, spelled: Any) -> tuple[bytes, ...]:
 class CompletionTokens(_ByText):
     """``{"tokens": [...], "token_logprobs": [...], "top_logprobs": [{token: logprob}], "text_offset": [...]}``."""
 
-    slots: ClassVar = (("text",),)
+    slots: ClassVar[tuple[Slot, ...]] = (("text",),)
     _COLUMNS: ClassVar = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
     def take(self, told: Any, texts: Mapping[Slot, str], parts: Parts) -> Any:
@@ -271,6 +318,10 @@ class CompletionTokens(_ByText):
             parts.drop(_NAME, told)
         self._add({("text",): tokens}, texts)
         return frame
+
+    def go_on(self) -> None:
+        """No more of them go out: ``text_offset`` of what follows would count from another beginning."""
+        self.silence()
 
     def _rows(self, columns: Mapping[str, list[Any]], parts: Parts) -> Iterator[_Token]:
         others = {name: values for name, values in columns.items() if name != "tokens" and values}

@@ -11,15 +11,17 @@ What leaves of a stream, and what does not:
 - Letters that are written as escapes in the arguments of a call are judged, and leave, as themselves.
 - A text ends with its ``done`` event, or that of its part or item, or with the response. It does not go on after that.
 - The response objects in events say of the request what the client itself said, and nothing of the upstream's words.
-- What the guard cannot see does not pass: log probabilities, images, encrypted reasoning, unknown fields and events
-  with text. The coverage counts it.
+- Log probabilities of chosen tokens leave with the text that they spell, in deltas and in events that repeat it (see
+  `tidegate.gateway.logprobs`). What is written anew has its own.
+- What the guard cannot see does not pass: other tokens, images, encrypted reasoning, unknown fields and events with
+  text. The coverage counts it.
 - Events are numbered anew, so that the client's numbers have no gaps.
 - On a BLOCK everything open is closed with what was released, and ``response.incomplete`` with ``content_filter`` is
   the last event; where the policy says replace, a message of the policy comes before that.
 - A text is rolled back while nothing has left but the beginning of one message with one text. What the upstream says
   then goes on in it: what began already does not begin again, and events that repeat the text repeat all of it.
-- Masked text leaves in the place of what it covers, in the events that repeat it too. No log probabilities leave where
-  the policy may mask, whatever else it lets pass: they would spell the text.
+- Masked text leaves in the place of what it covers, in the events that repeat it too. From the first mask on no log
+  probabilities of a text leave, whatever else the policy lets pass: they would spell it.
 """
 
 from __future__ import annotations
@@ -34,14 +36,18 @@ from typing import Any, Final
 
 from tidegate.errors import UpstreamError
 from tidegate.gateway.channels import BLOCKS, Judging, TextChannel, as_found, due_of, judge_text, of_stream, of_whole
-from tidegate.gateway.deltas import OUR_FIELD, Slot, carries_text, is_json, is_place
+from tidegate.gateway.deltas import OUR_FIELD, Parts, Slot, carries_text, is_json, is_place
+from tidegate.gateway.logprobs import TextTokens
 from tidegate.gateway.responses_parts import (
+    LOGPROBS,
     Found,
     Taken,
     fill,
+    fill_tokens,
     path_of,
     take,
     take_response,
+    take_tokens,
     turn_of,
     value_of,
 )
@@ -152,14 +158,18 @@ class _Text:
 
     Attributes:
         channel: judges it.
+        tokens: those that came with its deltas.
+        before: those of them that had left before it was written anew.
         ended: whether it is complete: nothing can follow.
         blocked: whether the policy stopped it.
     """
 
-    __slots__ = ("_escape", "_half", "_pieces", "blocked", "channel", "ended")
+    __slots__ = ("_escape", "_half", "_pieces", "before", "blocked", "channel", "ended", "tokens")
 
-    def __init__(self, channel: TextChannel) -> None:
+    def __init__(self, channel: TextChannel, tokens: TextTokens) -> None:
         self.channel = channel
+        self.tokens = tokens
+        self.before: list[Any] = []
         self._escape = ""
         self.ended = False
         self.blocked = False
@@ -209,6 +219,8 @@ class _Text:
         self.channel.go_on()
         self.ended = False
         self._half = self._escape = ""
+        self.tokens.go_on()
+        self.before = list(self.tokens.left)
         self._pieces = [self.channel.text]
         return self.channel.text
 
@@ -220,18 +232,21 @@ class _Text:
 
 @dataclass(slots=True)
 class _Fill:
-    """A text that an event lacks: where it goes, what goes there, and how much of it is yet to be released."""
+    """A text that an event lacks: where it goes, what goes there, and how much of it is yet to be released; and the
+    tokens that go with it, None where none do."""
 
     text: _Text
     place: Slot
     value: Any
     rest: str
+    tokens: list[Any] | None = None
 
-    @property
-    def as_left(self) -> Any:
-        """The value, with what of its text was masked."""
-        left = self.text.channel.moderator.left
-        return self.value if left == self.text.text else value_of(left, self.value)
+    def put(self, event: dict[str, Any]) -> None:
+        """Put it into its event, with what of it was masked; the tokens of what was masked do not go."""
+        left, text = self.text.channel.moderator.left, self.text
+        fill(event, self.place, self.value if left == text.text else value_of(left, self.value))
+        if self.tokens is not None:
+            fill_tokens(event, self.place, text.before + self.tokens if left == text.text else text.tokens.left)
 
 
 @dataclass(slots=True)
@@ -252,17 +267,21 @@ class _Piece:
             return None, False
         for one in self.fills:
             one.text.channel.ready = one.text.channel.ready[len(one.rest) :]
-            fill(self.event, one.place, one.as_left)
+            one.put(self.event)
         return self.event, True
 
     def _ready_delta(self, one: _Fill) -> tuple[dict[str, Any] | None, bool]:
         channel = one.text.channel
         text = channel.ready[: len(one.rest)]
         channel.ready = channel.ready[len(text) :]
-        one.rest = one.rest[len(text) :]
         if one.rest and not text:
             return None, False
-        return {**self.event, "delta": text}, not one.rest
+        if not one.rest.startswith(text):
+            one.text.tokens.silence()
+        one.rest = one.rest[len(text) :]
+        tokens = one.text.tokens.leave(text)
+        told = {LOGPROBS: tokens} if tokens else {}
+        return {**self.event, "delta": text, **told}, not one.rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,6 +454,9 @@ class ResponseStream:
 
     # in
 
+    def _taken(self) -> Taken:
+        return Taken.by(self._judging, left=self._left or "")
+
     async def _take(self, content: bytes) -> None:
         try:
             said = json_of(content.decode())
@@ -471,12 +493,12 @@ class ResponseStream:
             await self._take_unknown(kind, said)
 
     async def _take_response(self, kind: str, said: dict[str, Any]) -> None:
-        taken = Taken.by(self._judging)
+        taken = self._taken()
         response = take_response(said.get("response"), self._asked, ("response",), taken)
         await self._wait_for(kind, {"response": response}, taken)
 
     async def _take_end(self, kind: str, said: dict[str, Any]) -> None:
-        taken = Taken.by(self._judging)
+        taken = self._taken()
         response = take_response(said.get("response"), self._asked, ("response",), taken)
         await self._wait_for(kind, {"response": response}, taken, _Places(("response", "output"), ()), ends=())
         self._ending = True
@@ -501,7 +523,7 @@ class ResponseStream:
 
     async def _take_thing(self, kind: str, said: dict[str, Any], places: _Places) -> None:
         """An item or a part begins or ends."""
-        taken = Taken.by(self._judging)
+        taken = self._taken()
         kept = take(said, (), taken)
         if kind.endswith(".added"):
             await self._wait_for_beginning(kind, kept, taken, places)
@@ -514,15 +536,18 @@ class ResponseStream:
         text = said.pop(name, None)
         if not isinstance(text, str):
             raise UpstreamError("the upstream sent a text in a shape that is not known")
-        taken = Taken.by(self._judging)
-        kept = take(said, (), taken, prefix=f"{kind}.")
+        taken = self._taken()
         place = place_of(streamed, said)
+        tokens = said.pop(LOGPROBS) if streamed.done == "text" and isinstance(said.get(LOGPROBS), list) else None
+        kept = take(said, (), taken, prefix=f"{kind}.")
+        if tokens is not None:
+            kept[LOGPROBS] = []
         if end == "delta":
-            if not await self._counted(taken):
-                return
-            await self._take_delta({"type": kind, **kept}, text, place, streamed.channel)
+            await self._take_delta({"type": kind, **kept}, text, place, streamed.channel, taken, tokens or [])
             return
         kept[name] = ""
+        if tokens:
+            take_tokens(tokens, text, (name,), taken, f"{kind}.")
         if text:
             text = wholly_unescaped(text) if is_json((name,)) else mended(text)
             taken.texts.append(Found((name,), streamed.channel, text, text))
@@ -532,37 +557,50 @@ class ResponseStream:
         else:
             await self._wait_for(kind, kept, taken, places, ends=place)
 
-    async def _take_delta(self, said: dict[str, Any], delta: str, place: Slot, channel: Channel) -> None:
-        if not delta:
+    async def _take_delta(
+        self, said: dict[str, Any], delta: str, place: Slot, channel: Channel, taken: Taken, listed: list[Any]
+    ) -> None:
+        """``listed`` are the tokens that came with it."""
+        known = self._texts.get((place, channel))
+        tokens = known[0].tokens if known else self._tokens(taken)
+        own = Parts()
+        read = tokens.read(listed, own)
+        taken.count(f"{said['type']}.", own)
+        if not await self._counted(taken):
+            return
+        if not delta and not read:
             self._waiting.append(_Piece({**said, "delta": ""}))
             return
-        known = self._texts.get((place, channel))
         if known and known[0].ended:
             raise UpstreamError("the upstream went on with a text that it had ended")
         await self._turn([(place, channel)])
-        text = known[0] if known else self._open(place, channel)
-        out = text.add(delta)
+        text = known[0] if known else self._open(place, channel, tokens)
+        out = text.add(delta) if delta else ""
+        text.tokens.add(read, out)
         self._note_work(text)
         if out:
             self._waiting.append(_Piece(said, [_Fill(text, ("delta",), out, out)], delta=True))
 
+    def _tokens(self, taken: Taken) -> TextTokens:
+        return TextTokens(passing=self._judging.passing or taken.trusts_tokens)
+
     async def _take_annotation(self, kind: str, said: dict[str, Any]) -> None:
         _expect_places(said, "output_index", "content_index", "annotation_index")
-        taken = Taken.by(self._judging)
+        taken = self._taken()
         kept = take(said, (), taken, prefix=f"{kind}.")
         there = (said["output_index"], "content", said["content_index"], "annotations", said["annotation_index"])
         await self._wait_for(kind, kept, taken, _Places(("annotation",), there))
 
     async def _take_plain(self, kind: str, said: dict[str, Any]) -> None:
         _expect_places(said, "output_index")
-        taken = Taken.by(self._judging)
+        taken = self._taken()
         kept = take(said, (), taken, prefix=f"{kind}.")
         await self._wait_for(kind, kept, taken, _Places((), (said["output_index"],)))
 
     async def _take_unknown(self, kind: str, said: dict[str, Any]) -> None:
         """An event that we do not know passes when it carries no text, or the policy lets it."""
         said.pop("obfuscation", None)
-        taken = Taken.by(self._judging)
+        taken = self._taken()
         plain = is_name(kind) and not carries_text(said)
         if not plain:
             taken.parts.drop(kind, said)
@@ -598,38 +636,41 @@ class ResponseStream:
         taken.texts = rest
         await self._wait_for(kind, kept, taken, places)
         for delta, one in first if not self._blocked else ():
-            await self._take_delta(delta, one.text, places.of(one.slot), one.channel)
+            tokens = taken.tokens.get(one.slot, [])
+            await self._take_delta(delta, one.text, places.of(one.slot), one.channel, self._taken(), tokens)
 
     async def _wait_for(
         self, kind: str, kept: dict[str, Any], taken: Taken, places: _Places = _NOWHERE, ends: Slot | None = None
     ) -> None:
         """The event leaves when all of its texts are judged to their end, and so are those that it ends."""
+        ended = [] if ends is None else [text for text in self._all_at(ends) if not text.ended]
+        for text in ended:
+            self._close_tokens(text, taken)
         if not await self._counted(taken):
             return
-        ended = [] if ends is None else [text for text in self._all_at(ends) if not text.ended]
         if taken.texts or ended:
             await self._turn([(places.of(one.slot), one.channel) for one in taken.texts])
-        found = [await self._find(one, places.of(one.slot)) for one in taken.texts]
+        found = [await self._find(one, places.of(one.slot), taken) for one in taken.texts]
         for text in (*ended, *(one.text for one in found)):
             text.end()
             self._note_work(text)
         self._waiting.append(_Piece({"type": kind, **kept}, found, ended))
 
-    async def _find(self, one: Found, place: Slot) -> _Fill:
+    async def _find(self, one: Found, place: Slot, taken: Taken) -> _Fill:
         """The text at this place that says the same, or can go on to say it; else one of its own."""
-        known = self._texts.get((place, one.channel), [])
+        known, tokens = self._texts.get((place, one.channel), []), taken.tokens.get(one.slot)
         for text in known:
             if text.text == one.text:
-                return _Fill(text, one.slot, one.value, "")
+                return _Fill(text, one.slot, one.value, "", tokens)
         if known and not known[0].ended and one.text.startswith(known[0].text):
             text = known[0]
         else:
             if known:
                 await self._judge()
-            text = self._open(place, one.channel)
-        return _Fill(text, one.slot, one.value, text.extend(one.text[len(text.text) :]))
+            text = self._open(place, one.channel, self._tokens(taken))
+        return _Fill(text, one.slot, one.value, text.extend(one.text[len(text.text) :]), tokens)
 
-    def _open(self, place: Slot, channel: Channel) -> _Text:
+    def _open(self, place: Slot, channel: Channel, tokens: TextTokens) -> _Text:
         thought = ""
         if channel is not Channel.REASONING:
             thought = "\n".join(texts[0].text for (_, kind), texts in self._texts.items() if kind is Channel.REASONING)
@@ -639,9 +680,16 @@ class ResponseStream:
         path = path_of(("output", *place) if isinstance(place[0], int) else place)
         first = place[1:2] == ("content",) and len(place) == len(_ANSWER[0]) and not self._texts.get((place, channel))
         judging = self._judging if first else replace(self._judging, retries=False)
-        opened = _Text(TextChannel(judging, place, channel, path, reasoning=thought, name=name))
+        opened = _Text(TextChannel(judging, place, channel, path, reasoning=thought, name=name), tokens)
         self._texts.setdefault((place, channel), []).append(opened)
         return opened
+
+    @staticmethod
+    def _close_tokens(text: _Text, taken: Taken) -> None:
+        """No more tokens come for a text: what never spelled anything is dropped, and counted."""
+        own = Parts()
+        text.tokens.close(own)
+        taken.count("response.output_text.delta.", own)
 
     def _all(self) -> Iterator[_Text]:
         for texts in self._texts.values():
@@ -736,6 +784,11 @@ class ResponseStream:
         unjudged = self._unjudged
         if unjudged is not None and unjudged.action >= BLOCKS and not any(one.action >= BLOCKS for one, _ in decided):
             decided.append((unjudged, None))
+        taken = self._taken()
+        for text in self._all():
+            self._close_tokens(text, taken)
+        for name, characters in taken.dropped.items():
+            self._dropped[name] = self._dropped.get(name, 0) + characters
         self.released = sum(text.channel.moderator.released for text in self._all())
         coverage = [part for text in self._all() for part in text.channel.moderator.coverage]
         coverage += _unseen(self._dropped)
@@ -818,7 +871,7 @@ async def judge_response(
     """
     if not isinstance(answer, dict) or "output" not in answer:
         raise UpstreamError("the upstream's answer is not a response")
-    taken = Taken.by(judging, whole=True)
+    taken = Taken.by(judging)
     response = take_response(answer, asked, (), taken)
     unseen = tuple(_unseen(taken.dropped))
     unjudged = judging.refused() if unseen else None
@@ -849,6 +902,8 @@ async def judge_response(
     for one, said in zip(taken.texts, decided, strict=False):
         masked = value_of(mask(one.text)[0], one.value) if said.action is Action.REDACT else one.value
         fill(response, one.slot, masked)
+        if one.slot in taken.tokens and said.action is not Action.REDACT:
+            fill_tokens(response, one.slot, taken.tokens[one.slot])
     return response, decision
 
 

@@ -35,7 +35,19 @@ from tidegate.gateway.schemas import is_name, mended
 from tidegate.gateway.unescaped import wholly_unescaped
 from tidegate.types import Channel, Role, ToolCall, Turn
 
-__all__ = ["Found", "Taken", "fill", "path_of", "take", "take_response", "turn_of", "value_of"]
+__all__ = [
+    "LOGPROBS",
+    "Found",
+    "Taken",
+    "fill",
+    "fill_tokens",
+    "path_of",
+    "take",
+    "take_response",
+    "take_tokens",
+    "turn_of",
+    "value_of",
+]
 
 
 class Found(NamedTuple):
@@ -51,20 +63,22 @@ class Found(NamedTuple):
 class Taken:
     """What was taken apart: the texts, and how many characters were dropped, by field.
 
-    ``whole`` says that nothing of it leaves before all of its texts are judged. ``masks``: texts may leave masked, and
-    then nothing may that spells them.
+    ``tokens``: those that spell a text, by its place; they leave with it, and not when it leaves masked. ``left`` is
+    how a text may begin whose tokens are only those of the rest; "" for none. ``masks``: texts may leave masked, and
+    then nothing may that could spell them.
     """
 
     known: Known
     texts: list[Found] = field(default_factory=list)
     parts: Parts = field(default_factory=Parts)
-    whole: bool = False
+    tokens: dict[Slot, list[Any]] = field(default_factory=dict)
+    left: str = ""
     masks: bool = False
 
     @classmethod
-    def by(cls, judging: Judging, *, whole: bool = False) -> Taken:
+    def by(cls, judging: Judging, *, left: str = "") -> Taken:
         """Nothing yet, for an answer that is judged with these."""
-        return cls(judging.known({}), parts=Parts(passing=judging.passing), whole=whole, masks=judging.masks)
+        return cls(judging.known({}), parts=Parts(passing=judging.passing), left=left, masks=judging.masks)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -75,6 +89,18 @@ class Taken:
         self.parts.drop(name, value, prefix)
         return value if self.parts.passing else GONE
 
+    @property
+    def trusts_tokens(self) -> bool:
+        """Whether the operator says that log probabilities carry no text."""
+        return LOGPROBS in self.known.trusted
+
+    def count(self, prefix: str, parts: Parts) -> None:
+        """What no guard can judge of a list of tokens."""
+        for name, characters in () if self.trusts_tokens else parts.dropped.items():
+            self.parts.count(prefix + name, characters)
+
+
+LOGPROBS: Final = "logprobs"
 
 # --- the table ----------------------------------------------------------------------------------------------------
 
@@ -186,8 +212,8 @@ def take(
     for name, inner in value.items():
         if name == "obfuscation":
             continue
-        if name == "logprobs" and taken.whole and not taken.masks and inner and isinstance(inner, list):
-            passed: Any = _take_logprobs(inner, value.get("text"), taken, prefix)
+        if name == LOGPROBS and inner and isinstance(inner, list) and isinstance(value.get("text"), str):
+            passed: Any = take_tokens(inner, value["text"], (*slot, "text"), taken, prefix)
         else:
             passed = _take_field(name, inner, (*slot, name), taken, channel, prefix)
         if passed is not GONE:
@@ -199,7 +225,7 @@ def _take_field(name: str, value: Any, slot: Slot, taken: Taken, channel: Channe
     drop = partial(taken.parts.drop, name, prefix=prefix)
     if is_name(name) and (value is None or value == "" or isinstance(value, bool | int | float)):
         return value
-    if name == "logprobs" and value != [] and (taken.masks or name not in taken.known.trusted):
+    if name == LOGPROBS and value != [] and (taken.masks or not taken.trusts_tokens):  # no text is beside them
         passed = taken.unseen(name, value, prefix)
         passed = GONE if taken.masks else passed
         return [] if passed is GONE and isinstance(value, list) else passed
@@ -222,15 +248,20 @@ def _take_field(name: str, value: Any, slot: Slot, taken: Taken, channel: Channe
     return _unknown(name, value, taken, prefix)
 
 
-def _take_logprobs(listed: list[Any], text: Any, taken: Taken, prefix: str) -> list[Any]:
-    """The tokens that spell the text beside them, which is judged; what else they say nobody has judged."""
-    if "logprobs" in taken.known.trusted:
-        return listed
-    own = Parts(passing=taken.parts.passing)
-    told = spelled(listed, mended(text) if isinstance(text, str) else "", own)
-    for name, characters in own.dropped.items():
-        taken.parts.count(prefix + name, characters)
-    return listed if own.dropped and own.passing else told
+def take_tokens(listed: list[Any], text: str, slot: Slot, taken: Taken, prefix: str) -> list[Any]:
+    """Note the tokens that spell the text of this place, which is judged; returns what stands there before it is.
+
+    What else they say nobody has judged: the policy says what becomes of it.
+    """
+    text, told, own = mended(text), listed, Parts()
+    for rest in dict.fromkeys((text, text.removeprefix(taken.left))):
+        own = Parts(passing=taken.parts.passing or taken.trusts_tokens)
+        told = spelled(listed, rest, own)
+        if LOGPROBS not in own.dropped:
+            break
+    taken.count(prefix, own)
+    taken.tokens[slot] = listed if own.dropped and own.passing else told
+    return []
 
 
 def _unknown(name: str, value: Any, taken: Taken, prefix: str = "") -> Any:
@@ -266,6 +297,11 @@ def _note(slot: Slot, channel: Channel, value: Any, taken: Taken) -> str:
     if text:
         taken.texts.append(Found(slot, channel, text, value))
     return ""
+
+
+def fill_tokens(kept: Any, slot: Slot, tokens: list[Any]) -> None:
+    """Put tokens back beside the text that they spell."""
+    fill(kept, (*slot[:-1], LOGPROBS), tokens)
 
 
 def value_of(text: str, value: Any) -> Any:

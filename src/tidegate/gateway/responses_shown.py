@@ -96,10 +96,12 @@ def events_of(place: int, item: Mapping[str, Any], cut: Callable[[str], Iterable
 
 @dataclass(slots=True)
 class _Part:
-    """A part of an item: as it was last shown, the text that came in deltas, and what is still to be closed."""
+    """A part of an item: as it was last shown, the text that came in deltas with its tokens, and what is still to be
+    closed."""
 
     shown: dict[str, Any]
     text: list[str] = field(default_factory=list)
+    tokens: list[Any] = field(default_factory=list)
     text_open: bool = False
     open: bool = False
 
@@ -162,6 +164,9 @@ class Shown:
             name, index = str(place[0]), int(place[1])
             part = item.parts.setdefault((name, index), _Part(_empty_part(streamed.part)))
             pieces, part.text_open = part.text, end == "delta"
+            if end == "done":
+                part.tokens = []
+            part.tokens += event.get("logprobs") or ()
         if end == "done":
             pieces.clear()
         pieces.append(text)
@@ -225,7 +230,8 @@ def _closing_part(number: int, item: _Item, name: str, index: int, part: _Part) 
     kind = _TYPES.get(str(part.shown.get("type")))
     if part.text_open and kind is not None:
         field_ = STREAMED[kind].done
-        yield {"type": f"{kind}.done", **where, field_: shown[STREAMED[kind].place[-1]], **_DELTAS_HAVE.get(kind, {})}
+        more = dict.fromkeys(_DELTAS_HAVE.get(kind, ()), part.tokens)
+        yield {"type": f"{kind}.done", **where, field_: shown[STREAMED[kind].place[-1]], **more}
     if part.open:
         yield {"type": _DONE[name], **where, "part": shown}
 
@@ -234,7 +240,8 @@ def _shown_part(part: _Part) -> dict[str, Any]:
     if not part.text:
         return part.shown
     name = "refusal" if part.shown.get("type") == "refusal" else "text"
-    return {**part.shown, name: "".join(part.text)}
+    tokens = {"logprobs": part.tokens} if part.tokens else {}
+    return {**part.shown, name: "".join(part.text), **tokens}
 
 
 def _shown(item: _Item) -> dict[str, Any]:
@@ -325,7 +332,6 @@ def _part(part: Mapping[str, Any], left: str) -> dict[str, Any]:
         raise UpstreamError("the upstream was asked to go on with a text, and went on with something else")
     kept = {**part, "text": left + part["text"]}
     if left:
-        kept |= {name: [] for name in ("logprobs",) if name in part}
         listed = part.get("annotations")
         if isinstance(listed, list):
             kept["annotations"] = [_moved(one, len(left)) if isinstance(one, dict) else one for one in listed]

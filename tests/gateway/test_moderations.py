@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from serving import Gateway, Record, make_policy, serving
 from tidegate.gateway.app import create_app
 from tidegate.gateway.moderations import OPENAI_CATEGORIES
 from tidegate.testing import FakeStreamGuard
-from tidegate.types import CATEGORIES
+from tidegate.types import CATEGORIES, Conversation, Verdict
 
 
 @pytest.fixture
@@ -134,3 +135,29 @@ def test_what_a_failure_means_is_what_the_policy_says(on_guard_error: str, flagg
     assert set(result["category_scores"].values()) == {0.0}
     assert result["tidegate"]["severity"] is None
     assert result["tidegate"]["decision"]["failure"]["kind"] == "GuardUnavailable"
+
+
+class _Noting(FakeStreamGuard):
+    """Notes how many texts it was cancelled at."""
+
+    ended = 0
+
+    async def judge(self, conversation: Conversation) -> Verdict:
+        try:
+            return await super().judge(conversation)
+        except asyncio.CancelledError:
+            self.ended += 1
+            raise
+
+
+def test_when_a_decision_cannot_be_kept_no_other_text_is_judged_on() -> None:
+    """By the time that the client has the error, the guard has been told to end what it was at."""
+    guard, record = _Noting(), Record()
+    record.broken = True
+
+    with serving(create_app(guard=guard, policy=make_policy(), keep=record)) as url:
+        answer = httpx.post(f"{url}/v1/moderations", json={"input": ["guardhang", "fine"]}, timeout=20)
+        ended = guard.ended
+
+    assert answer.status_code >= 500
+    assert ended == 1

@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -29,7 +29,7 @@ from tidegate.gateway.scopes import scope_of
 from tidegate.gateway.statuses import Problem, problem_of_failure
 from tidegate.gateway.telemetry import Telemetry
 from tidegate.guards.base import StreamGuard
-from tidegate.moderate import Keep, moderate
+from tidegate.moderate import Keep, moderate, surely
 from tidegate.policy import Policy, PolicySource
 from tidegate.types import Action, Category, Channel, Conversation, Coverage, CoverageState, Decision, Scope, Verdict
 
@@ -60,6 +60,7 @@ OPENAI_CATEGORIES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 _FIELDS: Final = frozenset(("input", "model"))
 _PART_FIELDS: Final = frozenset(("text", "type"))
 _FIELD_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_T = TypeVar("_T")
 _MODELS: Final = ("omni-moderation-", "text-moderation-")
 
 
@@ -96,8 +97,7 @@ class Moderations:
         texts = _texts(body)
         scope = scope_of(request)
         policy = self._policy.current.at(scope)
-        work = [self._judge(text, f"input[{place}]", policy, scope) for place, text in enumerate(texts)]
-        decisions = await asyncio.gather(*work)
+        decisions = await _all(self._judge(text, f"input[{place}]", policy, scope) for place, text in enumerate(texts))
         for decision, _ in decisions:
             if decision.failure is not None and decision.action >= BLOCKS:
                 raise problem_of_failure(decision.failure)
@@ -129,9 +129,20 @@ class Moderations:
         if self._keep is None:
             return decision, None
         try:
-            return decision, await self._keep(decision, conversation, retention=policy.retention)
+            return decision, await surely(self._keep(decision, conversation, retention=policy.retention))
         except Exception as error:  # whatever keeps a decision from being kept must not pass for success
             raise StoreError("a decision could not be kept") from error
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Do these at once; when one fails, or the caller is cancelled, none of the others goes on."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _check_fields(body: Mapping[str, Any]) -> None:

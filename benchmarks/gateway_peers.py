@@ -419,7 +419,7 @@ def plot_peers(found: dict[str, Any], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
     colours = dict(
         zip(WAYS, ("0.5", "tab:cyan", "tab:blue", "tab:orange", "tab:red", "tab:olive", "tab:green"), strict=True)
     )
@@ -463,9 +463,11 @@ def plot_peers(found: dict[str, Any], title: str, path: Path) -> None:
             seconds = [row["wall_us_per_word"] * row["words"] / 1e6 for row in mine]
             axes[1, 1].plot([row["words"] for row in mine], seconds, "o-", color=colours[way], label=way)
         axes[1, 1].set(xscale="log", yscale="log", xlabel="words", ylabel="s", title="time of one streaming answer")
-        axes[1, 1].legend(fontsize="small")
+    names: dict[str, Any] = {}
     for each in axes.flat:
         each.grid(alpha=0.3)
+        names |= dict(zip(*reversed(each.get_legend_handles_labels()), strict=True))
+    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=len(names), fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
@@ -476,4 +478,3 @@ def _bars(axes: Any, rows: Sequence[dict[str, Any]], colours: dict[str, str], gr
         at = [group + (place - len(rows) / 2) * width for group in range(len(groups))]
         axes.bar(at, [value(row) for value in groups.values()], width, color=colours[row["way"]], label=row["way"])
     axes.set_xticks(range(len(groups)), list(groups))
-    axes.legend(fontsize="small")

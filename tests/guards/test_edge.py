@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ from tidegate.errors import GuardError, GuardOverloaded, GuardUnavailable, Input
 from tidegate.guards import StreamGuard, edge, list_guards, load_guard
 from tidegate.guards.edge import EdgeGuard
 from tidegate.guards.edge_config import Row, Thresholds
-from tidegate.guards.edge_engine import Engine, Logits
+from tidegate.guards.edge_engine import Engine, Logits, _empty
 from tidegate.guards.edge_engine import Sequence as CachedSequence
 from tidegate.model.tokens import CONTROL_TOKENS, IncrementalTokens
 from tidegate.types import (
@@ -145,6 +146,17 @@ async def test_waiting_sessions_share_a_run(guard: EdgeGuard, monkeypatch: pytes
     slow.go.set()
     await asyncio.gather(first, *rest)
     assert slow.sizes == [1, 8]
+
+
+def test_what_is_kept_of_a_stream_goes_back_to_the_system_when_it_ends() -> None:
+    """Also when it lies between what other streams keep."""
+    rooms = [_empty((8, 4, 256, 64)) for _ in range(40)]
+    for room in rooms:
+        room.fill(1.0)
+    process = psutil.Process()
+    taken, size = process.memory_info().rss, sum(room.nbytes for room in rooms)
+    del room, rooms[1::2]
+    assert taken - process.memory_info().rss > 0.4 * size
 
 
 # --- what is judged

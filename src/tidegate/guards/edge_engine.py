@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import mmap
+import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
@@ -36,6 +38,8 @@ _MOST_CACHED = 16 * 1024
 _SLACK = 16
 """Padded positions that are always worth a shared run."""
 _SMALLEST_CACHE = 32
+_PRIVATE = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+"""Memory that no child process shares."""
 _CAUSAL: Float = np.triu(np.full((_CHUNK, _CHUNK), _HIDDEN, np.float32), 1)
 """What a position of a run must not see of the run: those behind it."""
 
@@ -212,13 +216,20 @@ def _append(sequence: Sequence, cache: Float | None, new: Float, length: int) ->
     needed = length + new.shape[2]
     if cache is None or cache.shape[2] < needed:
         room = max(_SMALLEST_CACHE, 1 << (needed - 1).bit_length())
-        grown = np.empty((*new.shape[:2], room, new.shape[3]), np.float32)
+        grown = _empty((*new.shape[:2], room, new.shape[3]))
         if cache is not None:
             grown[:, :, :length] = cache[:, :, :length]
         cache = grown
     cache[:, :, length:needed] = new
     sequence.length = needed
     sequence.cache = None if sequence.closed else cache
+
+
+def _empty(shape: tuple[int, ...]) -> Float:
+    """Room for a cache, in memory of its own: it goes back to the system when its stream ends, and not to a heap, which
+    would keep it, in pieces between what other streams still have.
+    """
+    return np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape), **_PRIVATE), np.float32).reshape(shape)
 
 
 def _joined(parts: list[Logits]) -> Logits:

@@ -6,14 +6,19 @@ The tools come from PyPI (extra ``dev``), Debian (promtool) and npm (helm); wher
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 
 from tidegate.gateway.telemetry import Telemetry
@@ -78,6 +83,41 @@ def environment(workload: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_dockerfile_passes_its_linter() -> None:
     run(tool("hadolint"), "Dockerfile")
+
+
+class Health(BaseHTTPRequestHandler):
+    """``/healthz``, well or not."""
+
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/healthz" else 404)
+        self.end_headers()
+
+    def log_message(self, *said: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("status", [200, 503])
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_a_container_is_as_healthy_as_its_gateway_says(status: int, tls: bool, tmp_path: Path) -> None:
+    """Also where it speaks TLS, with a certificate for the name that others know it by."""
+    said = re.search(r"^HEALTHCHECK .*\\\n  CMD (\[.*\])$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert said is not None
+    python, *rest = json.loads(said.group(1))
+    assert python == "python"
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Now", (Health,), {"status": status})) as server:
+        settings = {f"{PREFIX}PORT": str(server.server_port)}
+        if tls:
+            settings[f"{PREFIX}TLS_CERT"] = str(tmp_path / "server.pem")
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            trustme.CA().issue_cert("guard.example.org").configure_cert(context)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = subprocess.run([sys.executable, *rest], env={**os.environ, **settings}, capture_output=True, timeout=60)
+        server.shutdown()
+
+    assert done.returncode == (0 if status == 200 else 1), done.stderr.decode()
 
 
 def test_compose_is_what_the_specification_says() -> None:

@@ -30,6 +30,7 @@ from tidegate.gateway import sse
 from tidegate.gateway.asked import Asked, PromptText, earlier_texts
 from tidegate.gateway.channels import BLOCKS, Judging
 from tidegate.gateway.history import judge_earlier
+from tidegate.gateway.leaving import hang_up
 from tidegate.gateway.redaction import is_out, masked_body, spared_of
 from tidegate.gateway.schemas import decision_field, read_body, worst_decision
 from tidegate.gateway.scopes import Admit, scope_of
@@ -302,7 +303,7 @@ class _Exchange(Generic[A]):
             await send(message)
 
         work = asyncio.ensure_future(self._run(scope, receive, noted))
-        gone = asyncio.ensure_future(_hang_up(receive))
+        gone = asyncio.ensure_future(hang_up(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -722,11 +723,6 @@ async def _drop(call: asyncio.Future[UpstreamAnswer] | None) -> None:
     await asyncio.wait({call})
     if not call.cancelled() and call.exception() is None:
         call.result().close()
-
-
-async def _hang_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class _Events:

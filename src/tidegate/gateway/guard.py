@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse
 
 from tidegate.errors import InputError, StoreError
 from tidegate.gateway.history import covered_with, judge_turns, worst_of
+from tidegate.gateway.leaving import all_of, while_there
 from tidegate.gateway.schemas import decision_field, mended, read_json
 from tidegate.gateway.scopes import Admit, scope_of
 from tidegate.gateway.statuses import Problem
@@ -323,6 +324,7 @@ class GuardDoor:
             Problem: when the request cannot be used.
             InputError: the same; says where.
             StoreError: when a decision could not be kept.
+            ClientDisconnect: when the client is gone; what was judged by then is kept.
         """
         body = await read_json(request, longest=self._longest_body)
         Reading.known(body, ("turns", "conversations", "scope", "tokens"))
@@ -338,17 +340,14 @@ class GuardDoor:
             conversation = Conversation(Reading.turns(body["turns"]))
             _check_tokens(conversation, "turns", tokens=tokens)
             await self._let_in([base])
-            return JSONResponse(await self._result(conversation, policy, base, tokens=tokens))
+            result = self._result(conversation, policy, base, tokens=tokens)
+            return JSONResponse(await while_there(request, result))
         if "turns" in body:
             _refuse("expected either turns or conversations, got both", "conversations")
         read = _conversations(body["conversations"], base, tokens=tokens)
         await self._let_in([scope for _, scope in read])
-        work = [asyncio.ensure_future(self._result(*one, tokens=tokens)) for one in ((c, policy, s) for c, s in read)]
-        try:
-            return JSONResponse({"results": await asyncio.gather(*work)})
-        finally:
-            for each in work:
-                each.cancel()
+        work = (self._result(conversation, policy, scope, tokens=tokens) for conversation, scope in read)
+        return JSONResponse({"results": await while_there(request, all_of(work))})
 
     async def _let_in(self, scopes: Sequence[Scope]) -> None:
         """Count a request about each subject once. Raises Problem when one of them has to wait."""

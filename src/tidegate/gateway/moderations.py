@@ -12,10 +12,9 @@ result: that stops the text too, and says nothing against it.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import uuid
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -24,6 +23,7 @@ from starlette.responses import JSONResponse
 
 from tidegate.errors import StoreError
 from tidegate.gateway.channels import BLOCKS
+from tidegate.gateway.leaving import all_of, while_there
 from tidegate.gateway.schemas import decision_field, mended, read_json
 from tidegate.gateway.scopes import scope_of
 from tidegate.gateway.statuses import Problem, problem_of_failure
@@ -90,6 +90,7 @@ class Moderations:
         Raises:
             Problem: when the request cannot be used, or the guard could not judge.
             StoreError: when a decision could not be kept.
+            ClientDisconnect: when the client is gone; what was judged by then is kept.
         """
         body = await read_json(request, longest=self._longest_body)
         self._check_model(body.get("model"))
@@ -97,7 +98,8 @@ class Moderations:
         texts = _texts(body)
         scope = scope_of(request)
         policy = self._policy.current.at(scope)
-        decisions = await _all(self._judge(text, f"input[{place}]", policy, scope) for place, text in enumerate(texts))
+        work = (self._judge(text, f"input[{place}]", policy, scope) for place, text in enumerate(texts))
+        decisions = await while_there(request, all_of(work))
         for decision, _ in decisions:
             if decision.failure is not None and decision.action >= BLOCKS:
                 raise problem_of_failure(decision.failure)
@@ -132,17 +134,6 @@ class Moderations:
             return decision, await surely(self._keep(decision, conversation, retention=policy.retention))
         except Exception as error:  # whatever keeps a decision from being kept must not pass for success
             raise StoreError("a decision could not be kept") from error
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """Do these at once; when one fails, or the caller is cancelled, none of the others goes on."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _check_fields(body: Mapping[str, Any]) -> None:

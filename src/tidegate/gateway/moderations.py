@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse
 from tidegate.errors import StoreError
 from tidegate.gateway.channels import BLOCKS
 from tidegate.gateway.leaving import all_of, while_there
-from tidegate.gateway.schemas import decision_field, mended, read_json
+from tidegate.gateway.schemas import decision_field, mended, read_json, worst_decision
 from tidegate.gateway.scopes import scope_of
 from tidegate.gateway.statuses import Problem, problem_of_failure
 from tidegate.gateway.telemetry import Telemetry
@@ -98,7 +98,7 @@ class Moderations:
         texts = _texts(body)
         scope = scope_of(request)
         policy = self._policy.current.at(scope)
-        work = (self._judge(text, f"input[{place}]", policy, scope) for place, text in enumerate(texts))
+        work = (self._judge(forms, f"input[{place}]", policy, scope) for place, forms in enumerate(texts))
         decisions = await while_there(request, all_of(work))
         for decision, _ in decisions:
             if decision.failure is not None and decision.action >= BLOCKS:
@@ -117,16 +117,24 @@ class Moderations:
             message = f"there is no such model here: this gateway moderates with {name}"
             raise Problem(404, message, param="model", code="model_not_found")
 
-    async def _judge(self, text: str, path: str, policy: Policy, scope: Scope) -> tuple[Decision, str | None]:
-        conversation = Conversation.of(text)
-        decision = await moderate(
-            conversation,
-            guard=self._guard,
-            policy=policy,
-            scope=scope,
-            timeout_s=self._guard_timeout_s,
-            coverage=(Coverage(path, Channel.USER, CoverageState.JUDGED, len(text)),),
+    async def _judge(
+        self, forms: Sequence[str], path: str, policy: Policy, scope: Scope
+    ) -> tuple[Decision, str | None]:
+        """One text, in each form in which it may be read; what counts is the worst."""
+        decisions = await all_of(
+            moderate(
+                Conversation.of(text),
+                guard=self._guard,
+                policy=policy,
+                scope=scope,
+                timeout_s=self._guard_timeout_s,
+                coverage=(Coverage(path, Channel.USER, CoverageState.JUDGED, len(forms[0])),),
+            )
+            for text in forms
         )
+        number = worst_decision(decisions)
+        self._telemetry.count_failures(one for place, one in enumerate(decisions) if place != number)
+        decision, conversation = decisions[number], Conversation.of(forms[number])
         self._telemetry.count(decision, "moderation")
         if self._keep is None:
             return decision, None
@@ -143,12 +151,17 @@ def _check_fields(body: Mapping[str, Any]) -> None:
             _refuse("unknown field: expected input and model only", param=shown or "body", code="unknown_parameter")
 
 
-def _texts(body: Mapping[str, Any]) -> list[str]:
+def _texts(body: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The texts, each as it may be read: parts of one text with and without a break between them."""
     given = body.get("input")
     if "input" not in body:
         _refuse("'input' is missing: expected a string or an array of strings", code="missing_required_parameter")
     if isinstance(given, list) and given and all(isinstance(part, dict) for part in given):
-        given = ["\n".join(_part(part, place) for place, part in enumerate(given))]
+        parts = [_part(part, place) for place, part in enumerate(given)]
+        if not any(parts):
+            _refuse("expected a text, got an empty string", param="input[0]")
+        forms = ("\n".join(parts), "".join(parts))
+        return [tuple(map(mended, forms if len(parts) > 1 else forms[:1]))]
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list):
         _refuse("expected a string or an array of strings")
@@ -161,7 +174,7 @@ def _texts(body: Mapping[str, Any]) -> list[str]:
             _refuse("expected a string", param=f"input[{place}]")
         if not text:
             _refuse("expected a text, got an empty string", param="input" if text is given else f"input[{place}]")
-    return [mended(text) for text in texts]
+    return [(mended(text),) for text in texts]
 
 
 def _part(part: Mapping[str, Any], place: int) -> str:

@@ -149,8 +149,7 @@ async def test_callers_with_the_instructions_of_one_policy_share_runs_too(guard:
     waiting = [asyncio.ensure_future(one.judge(Conversation.of("tell me of tea"))) for one in told]
     await asyncio.sleep(0)
     runs.go_on.set()
-    await first
-    await asyncio.gather(*waiting, return_exceptions=True)  # this model was not taught to heed instructions
+    await asyncio.gather(first, *waiting, return_exceptions=True)  # what this model says of such texts does not matter
 
     assert sorted(runs.sizes) == [1, 1, 4]
 

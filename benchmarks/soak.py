@@ -11,8 +11,9 @@ compared afterwards, character by character, with what the same guard and policy
 alone.
 
 Memory is read every second; `slope` is its growth over the last four fifths of the time, and `after` what remains when
-all is over. The edge guard keeps a cache for each token of its window. So memory rises until the windows are full, which
-takes minutes, and falls when they move on; streams that began together show it as teeth of a saw, which must not grow.
+all is over. The edge guard keeps a cache for each token of its window. So memory rises until the windows are full,
+which takes minutes, and falls when they move on; streams that began together show it as teeth of a saw, which must not
+grow.
 
 Writes a table to the terminal, ``benchmarks/results/soak-DATE.json``, and a plot beside it.
 """

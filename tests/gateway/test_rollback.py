@@ -13,6 +13,7 @@ from anthropic import Anthropic
 from openai import OpenAI
 
 from gateway import messages_wire as fake
+from gateway.test_interventions import HEAD
 from gateway.test_logprobs import lists_in, responded, token
 from serving import Record, serving, wait_until
 from tidegate.gateway.app import create_app
@@ -30,18 +31,11 @@ from tidegate.testing import (
     text_completion,
 )
 
-POLICY = """
-name: test
-on_guard_error: block
-otherwise: allow
-controversial: safe
-debounce: 2
-retention: full
-message: {default: Not here.}
+POLICY = f"""{HEAD}
 intervention: rollback
-rollback: {tries: TRIES, buffer: BUFFER, hint: Be kind., then: replace}
+rollback: {{tries: TRIES, buffer: BUFFER, hint: Be kind., then: replace}}
 rules:
-  - {name: stop, severity: unsafe, action: block}
+  - {{name: stop, severity: unsafe, action: block}}
 """
 HELLO: list[Any] = [{"role": "user", "content": "hi"}]
 TOOLS: list[Any] = [{"name": "search", "input_schema": {"type": "object"}}]
